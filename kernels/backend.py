@@ -1,0 +1,314 @@
+"""The boundary between models and kernels: what a back end prepares, computes and records.
+
+A model calls these ops in order and never looks into what they return; a back end may therefore hand out plain tensors, int8
+blocks or buffers of a recorded program. Everything that varies from step to step lies in the `ForwardBatch` and `SamplingBatch`
+buffers, at fixed addresses, the row counts included, so that one recording of a forward pass replays every batch.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from kernels.format import AwqWeight, DenseWeight
+
+logger = logging.getLogger(__name__)
+
+Activation = Literal["silu", "gelu_tanh"]
+BACKEND_NAMES = ("auto", "reference", "cpu", "gpu")
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """Head counts of one attention layer. Query head h reads KV head h // (num_heads // num_kv_heads)."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+    @property
+    def q_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+
+@dataclass(frozen=True, slots=True)
+class RotaryTable:
+    """cos and sin, fp32 [max_position, rotary_dim / 2], attention scaling folded in. Rotates halves (the NeoX layout):
+    pairs are (i, i + rotary_dim / 2); channels past rotary_dim pass unchanged."""
+
+    cos: Tensor
+    sin: Tensor
+
+    @property
+    def rotary_dim(self) -> int:
+        return 2 * self.cos.shape[1]
+
+
+@dataclass(frozen=True, slots=True)
+class QKNorm:
+    """RMSNorm over each query and key head before rotation. Weights fp32 [head_dim]."""
+
+    q_weight: Tensor
+    k_weight: Tensor
+    eps: float
+    unit_offset: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class KVCacheSpec:
+    """A paged pool: `num_blocks` blocks of `block_size` tokens for every layer. dtype "auto" is the back end's default."""
+
+    num_layers: int
+    num_blocks: int
+    block_size: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: str = "auto"
+
+
+class PreparedLinear(Protocol):
+    """One or several linears fused along N, in the back end's own layout."""
+
+    in_features: int
+    out_features: int
+    nbytes: int
+
+
+class PreparedEmbedding(Protocol):
+    nbytes: int
+
+
+class KVCache(Protocol):
+    """One layer's keys and values. Slot s of the pool is row s % block_size of block s // block_size."""
+
+    nbytes: int
+
+
+class LinearInput(Protocol):
+    """The input of a linear, in whatever form the back end's linear takes."""
+
+    def dense(self) -> Tensor:
+        """The values as [rows, K], 16 or 32 bit."""
+
+
+@dataclass(slots=True)
+class ForwardBatch:
+    """One step's input, int32 throughout; prefill chunks and decodes are the same thing: sequences with 1 or more query tokens.
+
+    The buffers keep their addresses for the engine's life; only the first `num_*` entries mean anything. `counts` repeats the
+    three numbers on the device, so that a recorded program needs nothing from Python.
+    """
+
+    counts: Tensor  # [3]: num_tokens, num_sequences, num_rows
+    input_ids: Tensor  # [max_tokens]
+    positions: Tensor  # [max_tokens]
+    slot_mapping: Tensor  # [max_tokens] slot of the KV pool that each token's key and value go to
+    query_starts: Tensor  # [max_sequences + 1] prefix sums of the query lengths
+    seq_lens: Tensor  # [max_sequences] keys each sequence has after this step, its query tokens included
+    block_tables: Tensor  # [max_sequences, max_blocks_per_sequence]
+    logit_rows: Tensor  # [max_rows] indices into the step's tokens
+    num_tokens: int = 0
+    num_sequences: int = 0
+    num_rows: int = 0
+
+    @classmethod
+    def allocate(
+        cls, max_tokens: int, max_sequences: int, max_blocks_per_sequence: int, max_rows: int, device: torch.device
+    ) -> ForwardBatch:
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=device)
+
+        return cls(
+            counts=zeros(3),
+            input_ids=zeros(max_tokens),
+            positions=zeros(max_tokens),
+            slot_mapping=zeros(max_tokens),
+            query_starts=zeros(max_sequences + 1),
+            seq_lens=zeros(max_sequences),
+            block_tables=zeros(max_sequences, max_blocks_per_sequence),
+            logit_rows=zeros(max_rows),
+        )
+
+    @property
+    def max_tokens(self) -> int:
+        return self.input_ids.shape[0]
+
+    @property
+    def max_sequences(self) -> int:
+        return self.seq_lens.shape[0]
+
+    @property
+    def max_rows(self) -> int:
+        return self.logit_rows.shape[0]
+
+    @property
+    def query_lens(self) -> Tensor:
+        return self.query_starts[1 : self.num_sequences + 1] - self.query_starts[: self.num_sequences]
+
+
+@dataclass(slots=True)
+class SamplingBatch:
+    """How each logits row is sampled, one entry per row at fixed addresses; the first `num_rows` mean something.
+
+    A temperature of 0 is greedy. `top_k` 0 and `top_p` 1 and `min_p` 0 are off. (`seed`, `index`) keys the row's one random number.
+    """
+
+    temperature: Tensor  # fp32 [max_rows]
+    top_k: Tensor  # int32 [max_rows]
+    top_p: Tensor  # fp32 [max_rows]
+    min_p: Tensor  # fp32 [max_rows]
+    seed: Tensor  # int64 [max_rows]
+    index: Tensor  # int64 [max_rows] output index of the token being sampled
+    num_rows: int = 0
+
+    @classmethod
+    def allocate(cls, max_rows: int, device: torch.device) -> SamplingBatch:
+        def zeros(dtype: torch.dtype) -> Tensor:
+            return torch.zeros(max_rows, dtype=dtype, device=device)
+
+        return cls(
+            temperature=zeros(torch.float32),
+            top_k=zeros(torch.int32),
+            top_p=zeros(torch.float32),
+            min_p=zeros(torch.float32),
+            seed=zeros(torch.int64),
+            index=zeros(torch.int64),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SampledRows:
+    """What `Backend.sample` returns: token ids int32 [num_rows], and whether every logit of the row was finite, bool [num_rows].
+    A row that is not finite has an arbitrary token."""
+
+    token_ids: Tensor
+    finite: Tensor
+
+
+class Program(Protocol):
+    """A recorded forward pass over one `ForwardBatch`."""
+
+    def run(self) -> Tensor:
+        """Computes the batch as its buffers stand; returns the logits, fp32 [num_rows, vocabulary], valid until the next run."""
+
+
+class Backend(Protocol):
+    """Kernels for one device. Chosen once per model; decides by shape, internally, which kernel runs.
+
+    Weights: `prepare_*` takes on-disk tensors and makes the back end's own layout once. Ops: `x` and `residual` are what earlier
+    ops returned, fp32 or 16 bit [num_tokens, ...]; an op with `for_linear` returns the input of that linear (quantized as it
+    wants), or of none in particular when it is None. No op reads a tensor's value into Python.
+    """
+
+    name: str
+    device: torch.device
+
+    # Preparation, once per model.
+    def prepare_linear(self, weights: Sequence[AwqWeight | DenseWeight], bias: Tensor | None) -> PreparedLinear:
+        """Fuses `weights` along N in the order given. bias: [sum of N] or None."""
+
+    def prepare_embedding(self, weight: DenseWeight) -> PreparedEmbedding: ...
+
+    def prepare_head(self, weight: DenseWeight | AwqWeight) -> PreparedLinear:
+        """The projection onto the vocabulary. Tied checkpoints pass the embedding's weight."""
+
+    def prepare_norm(self, weight: Tensor) -> Tensor:
+        """A norm's weight as the ops take it: fp32 on the device."""
+
+    def prepare_rotary(self, cos: Tensor, sin: Tensor) -> RotaryTable: ...
+
+    def allocate_kv(self, spec: KVCacheSpec) -> list[KVCache]:
+        """One cache per layer."""
+
+    def kv_block_nbytes(self, spec: KVCacheSpec) -> int:
+        """Bytes that one block takes over all layers."""
+
+    def workspace_nbytes(self, max_tokens: int, max_rows: int, hidden_size: int, intermediate_size: int, vocab_size: int) -> int:
+        """An upper estimate of what the ops' buffers take for the largest batch."""
+
+    # One forward pass.
+    def record(self, forward: Callable[[], Tensor], batch: ForwardBatch) -> Program:
+        """`forward` calls ops on `batch` and returns the logits. It is called while recording, or at every run."""
+
+    def embed(self, batch: ForwardBatch, embedding: PreparedEmbedding) -> Tensor: ...
+
+    def add_rms_norm(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor,
+        eps: float,
+        unit_offset: bool = False,
+        for_linear: PreparedLinear | None = None,
+    ) -> tuple[LinearInput, Tensor]:
+        """(norm(x + residual) * weight, x + residual); `unit_offset` multiplies by 1 + weight. residual None counts as 0."""
+
+    def linear(self, x: LinearInput, weight: PreparedLinear) -> Tensor: ...
+
+    def rope_and_store(
+        self,
+        qkv: Tensor,
+        shape: AttentionShape,
+        qk_norm: QKNorm | None,
+        rotary: RotaryTable | None,
+        batch: ForwardBatch,
+        kv: KVCache,
+    ) -> Tensor:
+        """Splits [num_tokens, q_size + 2 kv_size], norms and rotates queries and keys, writes keys and values to their slots;
+        returns the queries. rotary None leaves positions out."""
+
+    def attention(
+        self,
+        q: Tensor,
+        shape: AttentionShape,
+        kv: KVCache,
+        batch: ForwardBatch,
+        scale: float,
+        window: int | None = None,
+        soft_cap: float | None = None,
+        for_linear: PreparedLinear | None = None,
+    ) -> LinearInput:
+        """Causal attention of every query token over its sequence's stored keys. With `window` w, a query at position p sees
+        keys p - w + 1 to p. `soft_cap` c makes scores c * tanh(score / c)."""
+
+    def act_and_mul(self, gate_up: Tensor, activation: Activation, for_linear: PreparedLinear | None = None) -> LinearInput:
+        """activation(gate) * up from the fused [num_tokens, 2 I]."""
+
+    def logits(self, hidden: LinearInput, batch: ForwardBatch, head: PreparedLinear, soft_cap: float | None = None) -> Tensor:
+        """fp32 logits [num_rows, vocabulary] of the tokens that `batch.logit_rows` picks."""
+
+    # After it.
+    def sample(self, logits: Tensor, sampling: SamplingBatch) -> SampledRows:
+        """One token per row: a pure function of (row, parameters, seed, index)."""
+
+
+@dataclass(frozen=True, slots=True)
+class BackendOptions:
+    """What a user may choose of a back end. `num_threads` 0 means the physical cores this process may use."""
+
+    num_threads: int = 0
+    kv_cache_dtype: str = "auto"
+    extra: dict[str, str] = field(default_factory=dict)
+
+
+def create_backend(name: str, options: BackendOptions) -> Backend:
+    """The back end called `name` (one of BACKEND_NAMES); "auto" takes the fastest that works here and logs why.
+
+    Raises ValueError for an unknown name or a back end that cannot run here.
+    """
+    if name not in BACKEND_NAMES:
+        raise ValueError(f"kernel backend {name!r}: expected one of {', '.join(BACKEND_NAMES)}")
+    if name in ("auto", "reference"):
+        from kernels.reference import ReferenceBackend
+
+        return ReferenceBackend(options)
+    raise ValueError(f"kernel backend {name!r} is not part of this build")

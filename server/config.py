@@ -1,0 +1,36 @@
+"""Frozen configuration of the server: engine, HTTP, and how a run is put together. The defaults here are the only ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """What the engine process is told. None means: chosen from the model and the machine at load, and logged."""
+
+    model: str  # a local directory
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int | None = None
+    block_size: int = 16
+    enable_prefix_caching: bool = True
+    kernel_backend: str = "auto"
+    threads: int = 0  # 0: the physical cores this process may use
+    kv_cache_dtype: str = "auto"
+    kv_cache_memory_bytes: int | None = None
+    memory_utilization: float = 0.9  # share of the memory limit that weights, KV cache and workspace may take together
+    seed: int | None = None  # of requests that bring none; None: entropy
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """What the API process is told."""
+
+    engine: EngineConfig
+    host: str = "127.0.0.1"
+    port: int = 8000
+    served_model_names: tuple[str, ...] = ()
+    log_level: str = "info"
+    in_process: bool = False  # the engine in a thread of the API process: for debugging
+    access_log: bool = False

@@ -1,0 +1,160 @@
+"""The engine protocol: all that passes between the API process and the engine process.
+
+Plain dataclasses of plain values: no tensors, no text. `GenerateRequest` is what `server.api.parse` makes of a valid HTTP
+request; past it no invalid request exists. All times are seconds of CLOCK_MONOTONIC, which both processes share.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class FinishReason(str, Enum):
+    """Every way a request ends: the API's `finish_reason` and a metric label."""
+
+    STOP = "stop"  # end-of-sequence token, stop token id, or a stop string seen at the edge
+    LENGTH = "length"  # max_tokens or the context is used up
+    ABORT = "abort"  # the client left, or an operator aborted it
+    TIMEOUT = "timeout"  # its deadline passed
+    ERROR = "error"  # the engine could not go on with it; the message says why
+
+
+class AbortReason(str, Enum):
+    """Why the edge ends a request early."""
+
+    CLIENT = "client"  # disconnect: FinishReason.ABORT
+    STOP_STRING = "stop_string"  # FinishReason.STOP
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        return FinishReason.STOP if self is AbortReason.STOP_STRING else FinishReason.ABORT
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are chosen and when to stop. Validated by the edge; see the API reference for ranges.
+
+    temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off; seed None has one drawn at admission.
+    """
+
+    max_tokens: int
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """One sequence to generate. n > 1 is several requests that share a `group_id`, whose common prompt blocks are computed once.
+
+    `cache_key` separates prefix caches (salt, adapter). Lower `priority` goes first. `deadline`: monotonic seconds, or None.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    arrival_time: float
+    group_id: str = ""
+    cache_key: str = ""
+    priority: int = 0
+    deadline: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AbortRequest:
+    """The engine stops the request at the next step and answers its last TokenEvent with the reason's finish reason."""
+
+    request_id: str
+    reason: AbortReason
+
+
+@dataclass(frozen=True, slots=True)
+class Shutdown:
+    """With `drain`, running and waiting requests finish first; else they end with FinishReason.ABORT."""
+
+    drain: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RequestTimings:
+    """Monotonic seconds. `first_scheduled` and `first_token` are None where the request ended before."""
+
+    arrival: float
+    first_scheduled: float | None
+    first_token: float | None
+    finished: float
+    num_preemptions: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """What one step did for one request: usually one token, none for a bare end, more where drafts were accepted.
+
+    `finish_reason` is set exactly once, on the request's last event, together with `timings`. `stop_token_id` is the token that
+    ended it (the end-of-sequence token included); that token is the last of `token_ids`. `num_cached_tokens` (prompt tokens found
+    in the prefix cache) is right from the first event on.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    num_cached_tokens: int = 0
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    error: str | None = None
+    timings: RequestTimings | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepStats:
+    """The engine after a step. Block counts satisfy free + used + cached == total; the token counts are this step's alone."""
+
+    num_running: int
+    num_waiting: int
+    num_blocks: int
+    num_used_blocks: int
+    num_cached_blocks: int
+    num_prompt_tokens: int = 0  # computed in this step
+    num_generation_tokens: int = 0
+    num_prefix_queries: int = 0  # prompt tokens of requests admitted in this step, and
+    num_prefix_hits: int = 0  # how many of those the prefix cache held
+    num_preemptions: int = 0
+    step_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """One message per engine step."""
+
+    epoch: int
+    events: list[TokenEvent]
+    stats: StepStats
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What the engine says once, when it is ready to serve."""
+
+    epoch: int
+    max_model_len: int
+    num_blocks: int
+    block_size: int
+    backend: str
+    notes: list[str] = field(default_factory=list)  # human-readable lines: memory split, chosen kernels, fallbacks
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFailure:
+    """The engine process cannot start or go on. Every unfinished request counts as ended with FinishReason.ERROR."""
+
+    epoch: int
+    error: str
+
+
+EngineInput = GenerateRequest | AbortRequest | Shutdown
+EngineOutput = StepOutput | EngineInfo | EngineFailure
