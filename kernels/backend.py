@@ -7,6 +7,7 @@ buffers, at fixed addresses, the row counts included, so that one recording of a
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -78,19 +79,26 @@ class KVCacheSpec:
 class PreparedLinear(Protocol):
     """One or several linears fused along N, in the back end's own layout."""
 
-    in_features: int
-    out_features: int
-    nbytes: int
+    @property
+    def in_features(self) -> int: ...
+
+    @property
+    def out_features(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int: ...
 
 
 class PreparedEmbedding(Protocol):
-    nbytes: int
+    @property
+    def nbytes(self) -> int: ...
 
 
 class KVCache(Protocol):
     """One layer's keys and values. Slot s of the pool is row s % block_size of block s // block_size."""
 
-    nbytes: int
+    @property
+    def nbytes(self) -> int: ...
 
 
 class LinearInput(Protocol):
@@ -116,6 +124,8 @@ class ForwardBatch:
     seq_lens: Tensor  # [max_sequences] keys each sequence has after this step, its query tokens included
     block_tables: Tensor  # [max_sequences, max_blocks_per_sequence]
     logit_rows: Tensor  # [max_rows] indices into the step's tokens
+    host_query_lens: list[int] = field(default_factory=list)  # the same numbers for back ends that run op by op
+    host_seq_lens: list[int] = field(default_factory=list)
     num_tokens: int = 0
     num_sequences: int = 0
     num_rows: int = 0
@@ -150,9 +160,29 @@ class ForwardBatch:
     def max_rows(self) -> int:
         return self.logit_rows.shape[0]
 
-    @property
-    def query_lens(self) -> Tensor:
-        return self.query_starts[1 : self.num_sequences + 1] - self.query_starts[: self.num_sequences]
+    def fill(
+        self,
+        input_ids: Sequence[int],
+        positions: Sequence[int],
+        slots: Sequence[int],
+        query_lens: Sequence[int],
+        seq_lens: Sequence[int],
+        block_tables: Sequence[Sequence[int]],
+        logit_rows: Sequence[int],
+    ) -> None:
+        """Writes one step into the buffers. The first three run over the step's tokens, sequence after sequence; the next three
+        over its sequences."""
+        self.host_query_lens, self.host_seq_lens = list(query_lens), list(seq_lens)
+        self.num_tokens, self.num_sequences, self.num_rows = len(input_ids), len(query_lens), len(logit_rows)
+        _write(self.input_ids, input_ids)
+        _write(self.positions, positions)
+        _write(self.slot_mapping, slots)
+        _write(self.query_starts, list(itertools.accumulate(query_lens, initial=0)))
+        _write(self.seq_lens, seq_lens)
+        _write(self.logit_rows, logit_rows)
+        for row, table in zip(self.block_tables, block_tables, strict=False):
+            _write(row, table)
+        _write(self.counts, (self.num_tokens, self.num_sequences, self.num_rows))
 
 
 @dataclass(slots=True)
@@ -169,6 +199,8 @@ class SamplingBatch:
     seed: Tensor  # int64 [max_rows]
     index: Tensor  # int64 [max_rows] output index of the token being sampled
     num_rows: int = 0
+    all_greedy: bool = True  # host-side knowledge that lets a back end skip work: no row samples at all;
+    any_filter: bool = False  # some sampled row has top-k or top-p on
 
     @classmethod
     def allocate(cls, max_rows: int, device: torch.device) -> SamplingBatch:
@@ -183,6 +215,28 @@ class SamplingBatch:
             seed=zeros(torch.int64),
             index=zeros(torch.int64),
         )
+
+    def fill(
+        self,
+        temperature: Sequence[float],
+        top_k: Sequence[int],
+        top_p: Sequence[float],
+        min_p: Sequence[float],
+        seed: Sequence[int],
+        index: Sequence[int],
+    ) -> None:
+        """Writes one step's rows into the buffers."""
+        self.num_rows = len(temperature)
+        self.all_greedy = not any(temperature)
+        self.any_filter = not self.all_greedy and (any(top_k) or min(top_p) < 1.0)
+        buffers = (self.temperature, self.top_k, self.top_p, self.min_p, self.seed, self.index)
+        for buffer, values in zip(buffers, (temperature, top_k, top_p, min_p, seed, index), strict=True):
+            _write(buffer, values)
+
+
+def _write(buffer: Tensor, values: Sequence[int] | Sequence[float]) -> None:
+    if values:
+        buffer[: len(values)] = torch.tensor(values, dtype=buffer.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +286,9 @@ class Backend(Protocol):
     def kv_block_nbytes(self, spec: KVCacheSpec) -> int:
         """Bytes that one block takes over all layers."""
 
-    def workspace_nbytes(self, max_tokens: int, max_rows: int, hidden_size: int, intermediate_size: int, vocab_size: int) -> int:
+    def workspace_nbytes(
+        self, max_tokens: int, max_rows: int, hidden_size: int, intermediate_size: int, vocab_size: int
+    ) -> int:
         """An upper estimate of what the ops' buffers take for the largest batch."""
 
     # One forward pass.
@@ -280,15 +336,25 @@ class Backend(Protocol):
         """Causal attention of every query token over its sequence's stored keys. With `window` w, a query at position p sees
         keys p - w + 1 to p. `soft_cap` c makes scores c * tanh(score / c)."""
 
-    def act_and_mul(self, gate_up: Tensor, activation: Activation, for_linear: PreparedLinear | None = None) -> LinearInput:
+    def act_and_mul(
+        self, gate_up: Tensor, activation: Activation, for_linear: PreparedLinear | None = None
+    ) -> LinearInput:
         """activation(gate) * up from the fused [num_tokens, 2 I]."""
 
-    def logits(self, hidden: LinearInput, batch: ForwardBatch, head: PreparedLinear, soft_cap: float | None = None) -> Tensor:
+    def logits(
+        self, hidden: LinearInput, batch: ForwardBatch, head: PreparedLinear, soft_cap: float | None = None
+    ) -> Tensor:
         """fp32 logits [num_rows, vocabulary] of the tokens that `batch.logit_rows` picks."""
 
     # After it.
     def sample(self, logits: Tensor, sampling: SamplingBatch) -> SampledRows:
-        """One token per row: a pure function of (row, parameters, seed, index)."""
+        """One token per row: a pure function of (row, parameters, seed, index).
+
+        Temperature 0: the lowest index among the largest logits. Otherwise, with p = exp(z - max z), z = logits / temperature:
+        keep p >= min_p; of those keep z >= the k-th largest z (ties stay); of those keep each token for which the mass of the
+        tokens ranked before it (by z, then lower index) is under top_p times their total; then take, in vocabulary order, the first
+        kept token whose cumulative mass (fp64) exceeds u times the total, u = `kernels.reference.uniform(seed, index)`.
+        """
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,424 @@
+"""Every op in plain PyTorch: the oracle of the tests and the back end of last resort.
+
+Weights, activations and the KV cache are fp32. A row's result does not depend on the batch around it: matmuls are padded to a
+multiple of 16 rows, for which the BLAS under torch treats every row alike, and attention sums in an order fixed by position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.backend import (
+    Activation,
+    AttentionShape,
+    BackendOptions,
+    ForwardBatch,
+    KVCache,
+    KVCacheSpec,
+    LinearInput,
+    PreparedEmbedding,
+    PreparedLinear,
+    QKNorm,
+    RotaryTable,
+    SampledRows,
+    SamplingBatch,
+)
+from kernels.format import AwqWeight, DenseWeight
+
+ROW_MULTIPLE = 16
+KEY_BLOCK = 64
+"""Keys per step of the online softmax, aligned to position 0."""
+KEY_SEGMENT = 256
+"""Keys whose partial softmax is computed on its own; segments are merged in order."""
+QUERY_CHUNK = 256
+"""Query tokens of one sequence handled at once: bounds the memory of the scores."""
+
+
+@dataclass(frozen=True, slots=True)
+class DenseInput:
+    """A `LinearInput` that is just the values, fp32 [rows, K]."""
+
+    tensor: Tensor
+
+    def dense(self) -> Tensor:
+        return self.tensor
+
+
+@dataclass(frozen=True, slots=True)
+class DenseLinear:
+    """fp32 weight [N, K], dequantized once."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes + (self.bias.nbytes if self.bias is not None else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class DenseEmbedding:
+    weight: Tensor  # fp32 [vocabulary, hidden]
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class DenseKVCache:
+    """fp32 keys and values, [num_slots, num_kv_heads, head_dim] each."""
+
+    keys: Tensor
+    values: Tensor
+    block_size: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class EagerProgram:
+    """No recording: every run calls the model."""
+
+    forward: Callable[[], Tensor]
+
+    @torch.inference_mode()
+    def run(self) -> Tensor:
+        return self.forward()
+
+
+class ReferenceBackend:
+    """`kernels.backend.Backend` in plain PyTorch, in fp32."""
+
+    name = "reference"
+    device = torch.device("cpu")
+
+    def __init__(self, options: BackendOptions) -> None:
+        if options.kv_cache_dtype not in ("auto", "float32"):
+            raise ValueError(f"kv_cache_dtype {options.kv_cache_dtype!r}: the reference back end keeps it in float32")
+        if options.num_threads:
+            torch.set_num_threads(options.num_threads)
+        self._shared: dict[tuple[int, torch.dtype, tuple[int, ...]], Tensor] = {}
+
+    # Preparation.
+    def prepare_linear(self, weights: Sequence[AwqWeight | DenseWeight], bias: Tensor | None) -> DenseLinear:
+        parts = [w.dequantize() if isinstance(w, AwqWeight) else w.weight.float() for w in weights]
+        weight = torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
+        return DenseLinear(weight, bias.float() if bias is not None else None)
+
+    def prepare_embedding(self, weight: DenseWeight) -> DenseEmbedding:
+        return DenseEmbedding(self._share(weight.weight))
+
+    def prepare_head(self, weight: DenseWeight | AwqWeight) -> DenseLinear:
+        if isinstance(weight, AwqWeight):
+            return self.prepare_linear([weight], None)
+        return DenseLinear(self._share(weight.weight), None)
+
+    def _share(self, weight: Tensor) -> Tensor:
+        """The fp32 copy of a weight, one for all who ask for the same storage (tied embeddings)."""
+        key = (weight.data_ptr(), weight.dtype, tuple(weight.shape))
+        if key not in self._shared:
+            self._shared[key] = weight.float().contiguous()
+        return self._shared[key]
+
+    def prepare_norm(self, weight: Tensor) -> Tensor:
+        return weight.float()
+
+    def prepare_rotary(self, cos: Tensor, sin: Tensor) -> RotaryTable:
+        return RotaryTable(cos.float(), sin.float())
+
+    def allocate_kv(self, spec: KVCacheSpec) -> list[KVCache]:
+        shape = (spec.num_blocks * spec.block_size, spec.num_kv_heads, spec.head_dim)
+        return [DenseKVCache(torch.zeros(shape), torch.zeros(shape), spec.block_size) for _ in range(spec.num_layers)]
+
+    def kv_block_nbytes(self, spec: KVCacheSpec) -> int:
+        return spec.num_layers * spec.block_size * spec.num_kv_heads * spec.head_dim * 2 * 4
+
+    def workspace_nbytes(
+        self, max_tokens: int, max_rows: int, hidden_size: int, intermediate_size: int, vocab_size: int
+    ) -> int:
+        per_token = 4 * (6 * hidden_size + 4 * intermediate_size)
+        return max_tokens * per_token + 2 * max_rows * vocab_size * 4
+
+    # One forward pass.
+    def record(self, forward: Callable[[], Tensor], batch: ForwardBatch) -> EagerProgram:
+        return EagerProgram(forward)
+
+    def embed(self, batch: ForwardBatch, embedding: PreparedEmbedding) -> Tensor:
+        assert isinstance(embedding, DenseEmbedding)
+        return embedding.weight[batch.input_ids[: batch.num_tokens].long()]
+
+    def add_rms_norm(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor,
+        eps: float,
+        unit_offset: bool = False,
+        for_linear: PreparedLinear | None = None,
+    ) -> tuple[DenseInput, Tensor]:
+        total = x if residual is None else x + residual
+        return DenseInput(rms_norm(total, weight, eps, unit_offset)), total
+
+    def linear(self, x: LinearInput, weight: PreparedLinear) -> Tensor:
+        assert isinstance(weight, DenseLinear)
+        product = padded_matmul(x.dense(), weight.weight)
+        return product if weight.bias is None else product + weight.bias
+
+    def rope_and_store(
+        self,
+        qkv: Tensor,
+        shape: AttentionShape,
+        qk_norm: QKNorm | None,
+        rotary: RotaryTable | None,
+        batch: ForwardBatch,
+        kv: KVCache,
+    ) -> Tensor:
+        assert isinstance(kv, DenseKVCache)
+        q, k, v = qkv.split((shape.q_size, shape.kv_size, shape.kv_size), dim=-1)
+        q = q.unflatten(-1, (shape.num_heads, shape.head_dim))
+        k = k.unflatten(-1, (shape.num_kv_heads, shape.head_dim))
+        if qk_norm is not None:
+            q = rms_norm(q, qk_norm.q_weight, qk_norm.eps, qk_norm.unit_offset)
+            k = rms_norm(k, qk_norm.k_weight, qk_norm.eps, qk_norm.unit_offset)
+        if rotary is not None:
+            positions = batch.positions[: batch.num_tokens].long()
+            q, k = rotate(q, rotary, positions), rotate(k, rotary, positions)
+        slots = batch.slot_mapping[: batch.num_tokens].long()
+        kv.keys[slots] = k
+        kv.values[slots] = v.unflatten(-1, (shape.num_kv_heads, shape.head_dim))
+        return q
+
+    def attention(
+        self,
+        q: Tensor,
+        shape: AttentionShape,
+        kv: KVCache,
+        batch: ForwardBatch,
+        scale: float,
+        window: int | None = None,
+        soft_cap: float | None = None,
+        for_linear: PreparedLinear | None = None,
+    ) -> DenseInput:
+        assert isinstance(kv, DenseKVCache)
+        output = torch.empty(batch.num_tokens, shape.q_size)
+        # Decodes go together, sequences with several query tokens one by one in bounded chunks.
+        decodes = [s for s, length in enumerate(batch.host_query_lens) if length == 1]
+        starts = batch.query_starts.tolist()
+        work = [(decodes, [starts[s] for s in decodes], 1)] if decodes else []
+        for sequence, length in enumerate(batch.host_query_lens):
+            for offset in range(0, length if length > 1 else 0, QUERY_CHUNK):
+                work.append(([sequence], [starts[sequence] + offset], min(QUERY_CHUNK, length - offset)))
+        for sequences, first_tokens, num_queries in work:
+            tokens = torch.tensor(first_tokens)[:, None] + torch.arange(num_queries)
+            positions = batch.positions[tokens].long()
+            num_keys = max(batch.host_seq_lens[s] for s in sequences)
+            keys, values = gather_keys(kv, batch.block_tables[sequences], num_keys)
+            attended = segmented_attention(q[tokens], positions, keys, values, shape, scale, window, soft_cap)
+            output[tokens] = attended.flatten(2)
+        return DenseInput(output)
+
+    def act_and_mul(
+        self, gate_up: Tensor, activation: Activation, for_linear: PreparedLinear | None = None
+    ) -> DenseInput:
+        gate, up = gate_up.chunk(2, dim=-1)
+        if activation == "silu":
+            return DenseInput(torch.nn.functional.silu(gate) * up)
+        return DenseInput(torch.nn.functional.gelu(gate, approximate="tanh") * up)
+
+    def logits(
+        self, hidden: LinearInput, batch: ForwardBatch, head: PreparedLinear, soft_cap: float | None = None
+    ) -> Tensor:
+        rows = batch.logit_rows[: batch.num_rows].long()
+        logits = self.linear(DenseInput(hidden.dense()[rows]), head)
+        return logits if soft_cap is None else soft_cap * torch.tanh(logits / soft_cap)
+
+    def sample(self, logits: Tensor, sampling: SamplingBatch) -> SampledRows:
+        n = sampling.num_rows
+        finite = torch.isfinite(logits).all(-1)
+        greedy = logits.argmax(-1)
+        if sampling.all_greedy:
+            return SampledRows(greedy.int(), finite)
+        temperature = sampling.temperature[:n, None]
+        sampled = sample_rows(
+            logits / torch.where(temperature > 0, temperature, 1.0),
+            sampling.top_k[:n, None].long() if sampling.any_filter else None,
+            sampling.top_p[:n, None] if sampling.any_filter else None,
+            sampling.min_p[:n, None],
+            uniform(sampling.seed[:n], sampling.index[:n]),
+        )
+        return SampledRows(torch.where(temperature[:, 0] > 0, sampled, greedy).int(), finite)
+
+
+def padded_matmul(x: Tensor, weight: Tensor) -> Tensor:
+    """x [M, K] @ weight[N, K]^T with M padded to a multiple of ROW_MULTIPLE, so that a row's bits don't depend on M."""
+    rows = x.shape[0]
+    padded = -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE
+    if padded != rows:
+        x = torch.nn.functional.pad(x, (0, 0, 0, padded - rows))
+    return (x @ weight.t())[:rows]
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> Tensor:
+    """RMSNorm over the last dimension (arXiv 1910.07467); `unit_offset` multiplies by 1 + weight."""
+    normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return normed * (1.0 + weight if unit_offset else weight)
+
+
+def rotate(x: Tensor, rotary: RotaryTable, positions: Tensor) -> Tensor:
+    """Rotary embedding (arXiv 2104.09864) of x [num_tokens, heads, head_dim], halves layout."""
+    half = rotary.cos.shape[1]
+    cos, sin = rotary.cos[positions, None], rotary.sin[positions, None]
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
+
+
+def gather_keys(kv: DenseKVCache, block_tables: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of the first `num_keys` positions, rounded up to whole segments' blocks:
+    [sequences, positions, num_kv_heads, head_dim] each. Positions past a sequence's end hold finite rubbish."""
+    padded = -(-num_keys // KEY_BLOCK) * KEY_BLOCK
+    positions = torch.arange(padded)
+    columns = (positions // kv.block_size).clamp(max=block_tables.shape[1] - 1)
+    slots = block_tables[:, columns].long() * kv.block_size + positions % kv.block_size
+    return kv.keys[slots], kv.values[slots]
+
+
+def segmented_attention(
+    q: Tensor,
+    positions: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    shape: AttentionShape,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+) -> Tensor:
+    """Causal attention as an online softmax (arXiv 1805.02867) over blocks of KEY_BLOCK keys within segments of KEY_SEGMENT.
+
+    q [S, Q, num_heads, head_dim], positions [S, Q], keys and values [S, L, num_kv_heads, head_dim], L a multiple of KEY_BLOCK.
+    Returns [S, Q, num_heads, head_dim]. A masked block adds exact zeros, so a row's bits depend on its own keys alone.
+    """
+    num_sequences, num_queries = positions.shape
+    group, num_blocks = shape.num_heads // shape.num_kv_heads, keys.shape[1] // KEY_BLOCK
+    rows = num_queries * group
+    padded = -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE
+    q = q.unflatten(2, (shape.num_kv_heads, group)).transpose(1, 2).reshape(num_sequences, shape.num_kv_heads, rows, -1)
+    q = torch.nn.functional.pad(q * scale, (0, 0, 0, padded - rows))
+    row_positions = torch.nn.functional.pad(positions.repeat_interleave(group, dim=1), (0, padded - rows))
+
+    # [S, blocks, kv_heads, ...]: every block's product at once, then the softmax walks them in order.
+    k = keys.unflatten(1, (num_blocks, KEY_BLOCK)).transpose(2, 3).transpose(3, 4)
+    v = values.unflatten(1, (num_blocks, KEY_BLOCK)).transpose(2, 3)
+    lead = (num_sequences, num_blocks, shape.num_kv_heads)
+    expanded = q[:, None].expand(*lead, padded, shape.head_dim).reshape(-1, padded, shape.head_dim)
+    scores = torch.bmm(expanded, k.reshape(-1, shape.head_dim, KEY_BLOCK)).view(*lead, padded, KEY_BLOCK)
+    if soft_cap is not None:
+        scores = soft_cap * torch.tanh(scores / soft_cap)
+    key_positions = torch.arange(num_blocks * KEY_BLOCK).view(num_blocks, 1, 1, KEY_BLOCK)
+    distance = row_positions[:, None, None, :, None] - key_positions
+    visible = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+    scores = scores.masked_fill(~visible, -torch.inf)
+
+    block_max = scores.amax(-1)
+    per_segment = KEY_SEGMENT // KEY_BLOCK
+    running_max = block_max.clone()
+    for block in range(num_blocks):
+        if block % per_segment:
+            running_max[:, block] = torch.maximum(running_max[:, block - 1], block_max[:, block])
+    shifted = scores - _finite(running_max)[..., None]
+    weights = torch.exp(shifted)
+    sums = weights.sum(-1)
+    products = torch.bmm(weights.view(-1, padded, KEY_BLOCK), v.reshape(-1, KEY_BLOCK, shape.head_dim))
+    merged = _merge(running_max, sums, products.view(*lead, padded, shape.head_dim), per_segment)
+    merged = merged[:, :, :rows].unflatten(2, (num_queries, group)).transpose(1, 2)
+    return merged.reshape(num_sequences, num_queries, shape.num_heads, shape.head_dim)
+
+
+def _finite(maximum: Tensor) -> Tensor:
+    """A maximum to subtract: 0 where nothing was visible, so that exp(-inf - max) stays 0 and not NaN."""
+    return torch.where(maximum == -torch.inf, 0.0, maximum)
+
+
+def _merge(running_max: Tensor, sums: Tensor, products: Tensor, per_segment: int) -> Tensor:
+    """Folds the blocks [S, blocks, kv_heads, rows(, head_dim)] in order: within each segment, then segment by segment."""
+    total: tuple[Tensor, Tensor, Tensor] | None = None
+    for first in range(0, running_max.shape[1], per_segment):
+        maximum, sum_, product = running_max[:, first], sums[:, first], products[:, first]
+        for block in range(first + 1, min(first + per_segment, running_max.shape[1])):
+            factor = torch.exp(maximum - _finite(running_max[:, block]))
+            maximum = running_max[:, block]
+            sum_ = sum_ * factor + sums[:, block]
+            product = product * factor[..., None] + products[:, block]
+        if total is None:
+            total = maximum, sum_, product
+            continue
+        merged_max = torch.maximum(total[0], maximum)
+        left, right = torch.exp(total[0] - _finite(merged_max)), torch.exp(maximum - _finite(merged_max))
+        total = (
+            merged_max,
+            total[1] * left + sum_ * right,
+            total[2] * left[..., None] + product * right[..., None],
+        )
+    assert total is not None
+    return total[2] / total[1][..., None]
+
+
+def sample_rows(scores: Tensor, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor, random: Tensor) -> Tensor:
+    """`Backend.sample` for rows with a temperature. scores = logits / temperature [R, V]; the rest [R, 1], random fp64 [R].
+    top_k and top_p are both None or both given. Returns int64 [R]."""
+    mass = torch.exp(scores - scores.amax(-1, keepdim=True))
+    mass = torch.where(mass >= min_p, mass, 0.0)
+    if top_k is not None and top_p is not None:
+        ordered, order = scores.masked_fill(mass == 0, -torch.inf).sort(dim=-1, descending=True, stable=True)
+        last = torch.where(top_k > 0, top_k, scores.shape[-1]).clamp(max=scores.shape[-1]) - 1
+        kept = ordered >= ordered.gather(-1, last)
+        ranked = torch.where(kept, mass.gather(-1, order), 0.0).double()
+        cumulative = ranked.cumsum(-1)
+        kept &= (cumulative - ranked) < top_p.double() * cumulative[:, -1:]
+        mass = torch.zeros_like(mass).scatter(-1, order, torch.where(kept, ranked, 0.0).float())
+    cumulative = mass.double().cumsum(-1)
+    # The last kept token answers a u so close to 1 that rounding puts it past every entry.
+    last_kept = (mass > 0).long().cumsum(-1).argmax(-1)
+    chosen = (cumulative > random[:, None] * cumulative[:, -1:]).long().argmax(-1)
+    return torch.where(cumulative[:, -1] > random * cumulative[:, -1], chosen, last_kept)
+
+
+_PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
+_WORD = 0xFFFFFFFF
+
+
+def uniform(seed: Tensor, index: Tensor) -> Tensor:
+    """One number in [0, 1) per (seed, index), both int64: Philox4x32-10 (Salmon et al., SC 2011) with the seed as key and
+    (index, 0) as counter; the first two words, high word first, give the 53 bits of an fp64."""
+    key = [seed & _WORD, (seed >> 32) & _WORD]
+    counter = [index & _WORD, (index >> 32) & _WORD, torch.zeros_like(index), torch.zeros_like(index)]
+    for _ in range(10):
+        high0, low0 = _multiply(counter[0], _PHILOX_MULTIPLIERS[0])
+        high1, low1 = _multiply(counter[2], _PHILOX_MULTIPLIERS[1])
+        counter = [high1 ^ counter[1] ^ key[0], low1, high0 ^ counter[3] ^ key[1], low0]
+        key = [(key[0] + _PHILOX_WEYL[0]) & _WORD, (key[1] + _PHILOX_WEYL[1]) & _WORD]
+    bits = (counter[0] << 21) | (counter[1] >> 11)
+    return bits.double() * 2.0**-53
+
+
+def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
+    """High and low words of the 64-bit product of 32-bit words held in int64, without overflowing it."""
+    low = a * (b & 0xFFFF)
+    high = a * (b >> 16)
+    total = low + ((high & 0xFFFF) << 16)
+    return ((high >> 16) + (total >> 32)) & _WORD, total & _WORD
