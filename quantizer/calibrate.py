@@ -1,0 +1,212 @@
+"""Calibration: text to token sequences, and one decoder layer at a time run over them."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+from quantizer.config import QuantizeError
+from quantizer.mappings import Architecture
+
+BATCH_TOKENS = 4096
+"""Tokens run through a layer at once: enough to keep the matmuls busy, little enough to bound memory."""
+
+_DOCSTRING_MODULES = (
+    "argparse asyncio collections configparser csv datetime decimal difflib doctest email enum fractions functools "
+    "heapq html http imaplib ipaddress json logging mailbox multiprocessing optparse os pathlib pickle random re "
+    "sched shutil smtplib socket statistics string subprocess tarfile textwrap threading turtle typing unittest "
+    "urllib uuid weakref zipfile"
+).split()
+
+
+def builtin_documents(held_out: bool = False) -> list[str]:
+    """English prose that comes with every Python: the language reference's help topics and long docstrings.
+
+    Markup and code are dropped paragraph by paragraph. One document in eight is held out for evaluation.
+    """
+    from pydoc_data.topics import topics
+
+    documents = [_prose(text) for _, text in sorted(topics.items())]
+    documents += [_prose(text) for text in _docstrings()]
+    documents = [text for text in documents if len(text) > 400]
+    return [text for index, text in enumerate(documents) if (index % 8 == 7) == held_out]
+
+
+def _docstrings() -> Iterator[str]:
+    for name in _DOCSTRING_MODULES:
+        module = importlib.import_module(name)
+        members = [module, *(member for _, member in sorted(vars(module).items()) if inspect.isclass(member))]
+        texts = [inspect.getdoc(member) for member in members]
+        yield "\n\n".join(text for text in texts if text)
+
+
+def _prose(text: str) -> str:
+    """Paragraphs that read as sentences, unwrapped, without reStructuredText's marks."""
+    kept = []
+    for paragraph in re.split(r"\n\s*\n", text):
+        line = re.sub(r"\s+", " ", paragraph).strip()
+        line = re.sub(r"[*`]+([^*`]+)[*`]+", r"\1", line).replace("\u201c", '"').replace("\u201d", '"')
+        letters = sum(character.isalpha() or character == " " for character in line)
+        if len(line) > 80 and letters > 0.9 * len(line) and line[0].isupper() and line[-1] in ".:!?":
+            kept.append(line)
+    return "\n\n".join(kept)
+
+
+def read_documents(calibration: str) -> list[str]:
+    """Documents of a calibration source: `builtin`, a .jsonl file (`text` or a string per line) or a text file."""
+    if calibration == "builtin":
+        return builtin_documents()
+    path = Path(calibration)
+    if not path.is_file():
+        raise QuantizeError(f"calibration: {calibration!r} is neither 'builtin' nor a file")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise QuantizeError(f"{path}: not UTF-8 text: {error}") from error
+    documents = list(_jsonl(path, text)) if path.suffix == ".jsonl" else [text]
+    documents = [document for document in documents if document.strip()]
+    if not documents:
+        raise QuantizeError(f"{path}: holds no text")
+    return documents
+
+
+def _jsonl(path: Path, text: str) -> Iterator[str]:
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise QuantizeError(f"{path}:{number}: not JSON: {error}") from error
+        value = record.get("text") if isinstance(record, dict) else record
+        if not isinstance(value, str):
+            raise QuantizeError(f"{path}:{number}: expected a string or an object with a string under 'text'")
+        yield value
+
+
+def pack_tokens(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], length: int) -> Tensor:
+    """All documents end to end, an end-of-sequence token between them, cut into rows of `length`. int64 [rows, length].
+
+    Nothing is discarded but the last incomplete row.
+    """
+    encoded = tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]
+    separator = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    tokens = [token for ids in encoded for token in (*ids, *separator)]
+    rows = len(tokens) // length
+    if rows == 0:
+        raise QuantizeError(f"sequence_length: {length} tokens asked for, but the text has only {len(tokens)}")
+    return torch.tensor(tokens[: rows * length], dtype=torch.int64).reshape(rows, length)
+
+
+def calibration_tokens(
+    tokenizer: PreTrainedTokenizerBase, calibration: str, samples: int, length: int, seed: int
+) -> Tensor:
+    """int64 [samples, length]: rows drawn without replacement; fewer where the text is shorter, and then all of it."""
+    rows = pack_tokens(tokenizer, read_documents(calibration), length)
+    order = torch.randperm(rows.shape[0], generator=torch.Generator().manual_seed(seed))
+    return rows[order[:samples]]
+
+
+@dataclass(frozen=True, slots=True)
+class InputStatistics:
+    """What is kept of a linear's inputs x (K channels): E[x xT] and E[|x|], in fp32, over `num_tokens` tokens."""
+
+    second_moment: Tensor
+    mean_abs: Tensor
+    num_tokens: int
+
+    def scaled(self, scales: Tensor) -> InputStatistics:
+        """The statistics of x / scales."""
+        moment = self.second_moment / scales / scales[:, None]
+        return InputStatistics(moment, self.mean_abs / scales, self.num_tokens)
+
+
+class _Collector:
+    """A forward pre-hook that sums x xT and |x| of one module."""
+
+    def __init__(self, channels: int) -> None:
+        self.moment = torch.zeros(channels, channels)
+        self.absolute = torch.zeros(channels)
+        self.num_tokens = 0
+
+    def __call__(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        rows = arguments[0].reshape(-1, self.moment.shape[0])
+        self.moment.addmm_(rows.t(), rows)
+        self.absolute += rows.abs().sum(0)
+        self.num_tokens += rows.shape[0]
+
+    def result(self) -> InputStatistics:
+        return InputStatistics(self.moment / self.num_tokens, self.absolute / self.num_tokens, self.num_tokens)
+
+
+class LayerRunner:
+    """Runs hidden states through single decoder layers built from the config, in fp32.
+
+    Only the layer it is given is in memory; the model as a whole never exists.
+    """
+
+    def __init__(self, config: PretrainedConfig, architecture: Architecture) -> None:
+        self.config = copy.deepcopy(config)
+        self.config._attn_implementation = "sdpa"
+        self.architecture = architecture
+        self._rotary = architecture.rotary_type(self.config)
+
+    def build(self, index: int, tensors: dict[str, Tensor]) -> nn.Module:
+        """A layer with these tensors (names relative to the layer), shared, not copied."""
+        with torch.device("meta"):
+            layer = self.architecture.layer_type(self.config, index)
+        layer.load_state_dict(tensors, assign=True, strict=True)
+        return layer.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def run(self, layer: nn.Module, index: int, hidden: Tensor) -> Tensor:
+        """hidden: fp32 [sequences, length, hidden size]; returns the layer's output, of the same shape."""
+        output = torch.empty_like(hidden)
+        batch = max(1, BATCH_TOKENS // hidden.shape[1])
+        for start in range(0, hidden.shape[0], batch):
+            chunk = hidden[start : start + batch]
+            positions = torch.arange(chunk.shape[1]).unsqueeze(0)
+            output[start : start + batch] = layer(
+                chunk,
+                attention_mask=self._mask(index)(
+                    config=self.config,
+                    inputs_embeds=chunk,
+                    attention_mask=None,
+                    past_key_values=None,
+                    position_ids=positions,
+                ),
+                position_ids=positions,
+                position_embeddings=self._rotary(chunk, position_ids=positions),
+            )
+        return output
+
+    @torch.no_grad()
+    def capture(self, layer: nn.Module, index: int, hidden: Tensor) -> list[InputStatistics]:
+        """Input statistics of each of the architecture's scale groups, in order, from one pass."""
+        collectors, handles = [], []
+        for group in self.architecture.groups:
+            linear = layer.get_submodule(group.linears[0])
+            collectors.append(_Collector(linear.in_features))
+            handles.append(linear.register_forward_pre_hook(collectors[-1]))
+        try:
+            self.run(layer, index, hidden)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return [collector.result() for collector in collectors]
+
+    def _mask(self, index: int) -> Callable[..., Tensor | None]:
+        kinds = getattr(self.config, "layer_types", None)
+        sliding = kinds[index] == "sliding_attention" if kinds else getattr(self.config, "sliding_window", None)
+        return create_sliding_window_causal_mask if sliding else create_causal_mask

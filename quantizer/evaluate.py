@@ -1,0 +1,193 @@
+"""Perplexity of a checkpoint, and how far its predictions are from the original's."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from kernels.format import AWQ_TENSORS, AwqWeight
+from quantizer.calibrate import builtin_documents, pack_tokens, read_documents
+from quantizer.config import QuantConfig, QuantizeError
+from quantizer.sources import SafetensorsSource, Source, expected_shapes, open_source
+
+BATCH_TOKENS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Over `num_tokens` predicted tokens. Divergences are KL(reference || checkpoint) in nats per token."""
+
+    num_tokens: int
+    perplexity: float
+    bits_per_weight: float
+    reference_perplexity: float | None = None
+    kl_mean: float | None = None
+    kl_percentile_99: float | None = None
+    top_1_agreement: float | None = None
+
+
+class DequantizedSource:
+    """An AWQ checkpoint seen as a dense one: its quantized linears come as the fp32 weights a server computes with."""
+
+    def __init__(self, source: SafetensorsSource, quant_config: QuantConfig) -> None:
+        self._source = source
+        self._group_size = quant_config.group_size
+        self.config = source.config
+
+    def load(self, name: str) -> Tensor:
+        module = name.removesuffix(".weight")
+        if f"{module}.qweight" not in self._source.names():
+            return self._source.load(name)
+        tensors = {kind: self._source.load(f"{module}.{kind}") for kind in AWQ_TENSORS}
+        return AwqWeight.from_tensors(module, tensors, self._group_size).dequantize()
+
+
+def load_model(source: Source | DequantizedSource, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The transformers model with these weights, all in `dtype`, in evaluation mode."""
+    config = source.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    tensors = {name: source.load(name).to(dtype) for name in expected_shapes(config)}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    # The rotary buffers are not in the checkpoint; on the meta device they would have no values.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
+    model.load_state_dict(tensors, assign=True, strict=not config.tie_word_embeddings)
+    model.tie_weights()
+    return model.eval().requires_grad_(False)
+
+
+def load_checkpoint(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A checkpoint of the AWQ gemm format (or a dense one) in transformers, its weights dequantized."""
+    source = SafetensorsSource(folder)
+    quantization = source.config_json.get("quantization_config")
+    if quantization is None:
+        return load_model(source, dtype)
+    return load_model(DequantizedSource(source, QuantConfig.from_dict(quantization)), dtype)
+
+
+@torch.no_grad()
+def evaluate(model: PreTrainedModel, rows: Tensor, reference: PreTrainedModel | None = None) -> Evaluation:
+    """rows: int64 [sequences, length]; each row is scored by itself, its first token being given, not predicted."""
+    nll = reference_nll = 0.0
+    divergences, agreements, num_tokens = [], 0, 0
+    for chunk in _chunks(rows):
+        targets = chunk[:, 1:]
+        log_probs = _log_probs(model, chunk)
+        nll += _negative_log_likelihood(log_probs, targets)
+        num_tokens += targets.numel()
+        if reference is not None:
+            expected = _log_probs(reference, chunk)
+            reference_nll += _negative_log_likelihood(expected, targets)
+            agreements += int((expected.argmax(-1) == log_probs.argmax(-1)).sum())
+            divergences.append((expected.exp() * (expected - log_probs)).sum(-1).reshape(-1))
+    result = {"num_tokens": num_tokens, "perplexity": math.exp(nll / num_tokens), "bits_per_weight": math.nan}
+    if reference is None:
+        return Evaluation(**result)
+    divergence = torch.cat(divergences).double()
+    return Evaluation(
+        **result,
+        reference_perplexity=math.exp(reference_nll / num_tokens),
+        kl_mean=float(divergence.mean()),
+        kl_percentile_99=float(divergence.sort().values[int(0.99 * (divergence.numel() - 1))]),
+        top_1_agreement=agreements / num_tokens,
+    )
+
+
+def _chunks(rows: Tensor) -> Iterator[Tensor]:
+    from tqdm import tqdm
+
+    size = max(1, BATCH_TOKENS // rows.shape[1])
+    yield from tqdm(rows.split(size), desc="evaluating", unit="batch", leave=False)
+
+
+def _log_probs(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """fp32 [sequences, length - 1, vocabulary]: the prediction of every token but the first."""
+    return model(tokens, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+
+
+def _negative_log_likelihood(log_probs: Tensor, targets: Tensor) -> float:
+    return -float(log_probs.gather(-1, targets.unsqueeze(-1)).sum(dtype=torch.float64))
+
+
+def bits_per_weight(folder: Path) -> float:
+    """Bits on disk per parameter of the dense model, everything included."""
+    source = SafetensorsSource(folder)
+    parameters = sum(math.prod(shape) for shape in expected_shapes(source.config).values())
+    stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return 8 * stored / parameters
+
+
+def evaluation_rows(tokenizer_source: SafetensorsSource, text: str, length: int, max_tokens: int) -> Tensor:
+    """Token rows of a text: `builtin` is the held-out part of the builtin text, which no calibration sees."""
+    documents = builtin_documents(held_out=True) if text == "builtin" else read_documents(text)
+    rows = pack_tokens(tokenizer_source.tokenizer(), documents, length)
+    return rows[: max(1, max_tokens // length)] if max_tokens else rows
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="awq-quantize evaluate",
+        description="Perplexity of an AWQ (or dense) checkpoint through its dequantized weights in fp32, and, beside a "
+        "reference, KL divergence and how often both rank the same token first. The last line is JSON.",
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="folder that awq-quantize wrote")
+    parser.add_argument("--reference", metavar="SOURCE", help="the original: folder, .gguf file or repository id")
+    parser.add_argument(
+        "--text",
+        default="builtin",
+        metavar="FILE",
+        help="text or .jsonl to score; 'builtin' is the part of the builtin text that calibration leaves out "
+        "(default: %(default)s)",
+    )
+    parser.add_argument("--sequence-length", type=int, default=512, help="tokens per row (default: %(default)s)")
+    parser.add_argument(
+        "--max-tokens", type=int, default=32768, help="score at most these; 0 is all (default: %(default)s)"
+    )
+    hub = parser.add_argument_group("Hugging Face hub, for --reference")
+    hub.add_argument("--revision", metavar="REV", help="branch, tag or commit")
+    hub.add_argument("--offline", action="store_true", help="use only the local hub cache")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """`awq-quantize evaluate`; returns the exit status."""
+    arguments = build_parser().parse_args(argv)
+    if arguments.sequence_length < 2:
+        raise QuantizeError(f"sequence_length: {arguments.sequence_length} is below the minimum of 2")
+    if not arguments.checkpoint.is_dir():
+        raise QuantizeError(f"{arguments.checkpoint}: no such folder")
+    checkpoint = SafetensorsSource(arguments.checkpoint)
+    rows = evaluation_rows(checkpoint, arguments.text, arguments.sequence_length, arguments.max_tokens)
+    reference = None
+    if arguments.reference:
+        reference = load_model(open_source(arguments.reference, arguments.revision, arguments.offline))
+    evaluation = evaluate(load_checkpoint(arguments.checkpoint), rows, reference)
+    print_evaluation(evaluation, bits_per_weight(arguments.checkpoint))
+    return 0
+
+
+def print_evaluation(evaluation: Evaluation, bits: float) -> None:
+    """A table for people, then one line of JSON."""
+    data = {**asdict(evaluation), "bits_per_weight": round(bits, 3)}
+    labels = {
+        "num_tokens": "tokens scored",
+        "reference_perplexity": "perplexity, original",
+        "perplexity": "perplexity, checkpoint",
+        "kl_mean": "KL divergence, mean",
+        "kl_percentile_99": "KL divergence, 99th percentile",
+        "top_1_agreement": "same first choice",
+        "bits_per_weight": "bits per weight on disk",
+    }
+    for key, label in labels.items():
+        if data[key] is not None:
+            print(f"{label:32s} {data[key]:.5g}" if isinstance(data[key], float) else f"{label:32s} {data[key]}")
+    print(json.dumps(data))

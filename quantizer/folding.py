@@ -1,0 +1,62 @@
+"""Folding a scale: the input columns of some linears times s, and whatever feeds them divided by it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from quantizer.mappings import Fold, ScaleGroup
+
+
+def shared_channels(config: PretrainedConfig, group: ScaleGroup) -> Tensor | None:
+    """For each input channel of the group, the index of the scale it must use; None where each has its own.
+
+    Under grouped-query attention channel d of query head h reads row d of KV head h // (heads per KV head).
+    """
+    if group.fold is not Fold.KV_ROWS:
+        return None
+    num_heads = config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    heads_per_kv = num_heads // config.num_key_value_heads
+    kv_heads = torch.arange(num_heads) // heads_per_kv
+    return (kv_heads[:, None] * head_size + torch.arange(head_size)).reshape(-1)
+
+
+def fold(
+    tensors: dict[str, Tensor], group: ScaleGroup, scales: Tensor, dtype: torch.dtype, shared: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Replaces the layer's tensors (fp32, names relative to the layer) by folded ones; the layer computes the same.
+
+    dtype: what the norm is stored as. A norm's folded weight is rounded to it first and the scale taken from the
+    rounded value, so that storing it costs nothing. Returns the scales used, [K], and what each output row of
+    `group.previous` was divided by (empty for a norm).
+    """
+    name = f"{group.previous}.weight"
+    if group.fold is Fold.NORM:
+        tensors[name], scales = _fold_norm(tensors[name], scales, dtype)
+        rows = torch.empty(0)
+    else:
+        rows = scales if shared is None else _per_row(scales, shared)
+        tensors[name] = tensors[name] / rows[:, None]
+        bias = f"{group.previous}.bias"
+        if bias in tensors:
+            tensors[bias] = tensors[bias] / rows
+    for linear in group.linears:
+        tensors[f"{linear}.weight"] = tensors[f"{linear}.weight"] * scales
+    return scales, rows
+
+
+def _fold_norm(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    folded = (weight / scales).to(dtype).float()
+    # A channel whose folded weight leaves the dtype's range keeps its own weight and goes unscaled.
+    usable = torch.isfinite(folded) & (folded.abs() >= torch.finfo(dtype).tiny)
+    folded = torch.where(usable, folded, weight.to(dtype).float())
+    return folded, torch.where(folded != 0, weight / folded, torch.ones_like(weight))
+
+
+def _per_row(scales: Tensor, shared: Tensor) -> Tensor:
+    """One value per row of the previous linear, from scales that agree wherever `shared` does."""
+    rows = torch.empty(int(shared.max()) + 1)
+    rows[shared] = scales
+    return rows

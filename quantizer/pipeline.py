@@ -1,0 +1,256 @@
+"""Per layer: capture, search, fold, round, pack. One decoder layer of weights is in memory at a time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.format import AwqWeight, pack_int4
+from quantizer.calibrate import InputStatistics, LayerRunner
+from quantizer.config import QuantConfig, QuantizeError, QuantizeOptions
+from quantizer.folding import fold, shared_channels
+from quantizer.mappings import Architecture, ScaleGroup
+from quantizer.rounding import Rounded, nearest_values, round_feedback, round_nearest
+from quantizer.search import ScaleChoice, identity_choice, output_error, parameter_chooser, search_scales
+from quantizer.sources import Source, load_checked
+
+_ROUNDINGS = {"nearest": round_nearest, "feedback": round_feedback}
+
+
+@dataclass(frozen=True, slots=True)
+class ScaleReport:
+    """What the search chose for one group of linears; errors are relative to the outputs' own energy."""
+
+    previous: str
+    linears: tuple[str, ...]
+    formula: str
+    exponent: float
+    error_identity: float
+    error: float
+
+
+@dataclass(frozen=True, slots=True)
+class LinearReport:
+    """Relative output error tr(dW H dWT) / tr(W H WT) of one linear, by plain rounding and as written."""
+
+    name: str
+    error_nearest: float
+    error: float
+
+
+@dataclass(slots=True)
+class LayerReport:
+    layer: int
+    scales: list[ScaleReport] = field(default_factory=list)
+    linears: list[LinearReport] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def error_nearest(self) -> float:
+        return sum(linear.error_nearest for linear in self.linears) / max(1, len(self.linears))
+
+    @property
+    def error(self) -> float:
+        return sum(linear.error for linear in self.linears) / max(1, len(self.linears))
+
+
+@dataclass(frozen=True, slots=True)
+class LayerResult:
+    """A finished layer: tensors to write, under their full names, and its report."""
+
+    tensors: dict[str, Tensor]
+    report: LayerReport
+
+
+@dataclass(slots=True)
+class LayerQuantizer:
+    """Quantizes decoder layers in order, each on the hidden states the quantized layers before it give."""
+
+    source: Source
+    architecture: Architecture
+    options: QuantizeOptions
+    shapes: dict[str, tuple[int, ...]]
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        self.options = self.options.resolved()
+
+    @property
+    def quant_config(self) -> QuantConfig:
+        return self.options.quant_config
+
+    def layers(self, tokens: Tensor) -> Iterator[LayerResult]:
+        """tokens: int64 [sequences, length]. Yields a result per layer as it is done."""
+        runner = LayerRunner(self.source.config, self.architecture)
+        embedding = f"{self.architecture.embedding}.weight"
+        hidden = load_checked(self.source, embedding, self.shapes[embedding])[tokens].float()
+        for index in range(self.source.config.num_hidden_layers):
+            started = time.monotonic()
+            tensors = self._load_layer(index)
+            statistics = runner.capture(runner.build(index, tensors), index, hidden)
+            result, dense = self.quantize_layer(index, tensors, statistics)
+            hidden = runner.run(runner.build(index, dense), index, hidden)
+            if not torch.isfinite(hidden).all():
+                raise QuantizeError(f"layer {index}: its output is not finite; the source's weights overflow in fp32")
+            result.report.seconds = time.monotonic() - started
+            yield result
+
+    def _load_layer(self, index: int) -> dict[str, Tensor]:
+        prefix = self.architecture.layer_prefix(index)
+        return {
+            name.removeprefix(prefix): load_checked(self.source, name, shape).float()
+            for name, shape in self.shapes.items()
+            if name.startswith(prefix)
+        }
+
+    def quantize_layer(
+        self, index: int, tensors: dict[str, Tensor], statistics: list[InputStatistics]
+    ) -> tuple[LayerResult, dict[str, Tensor]]:
+        """tensors: the layer's, fp32, names relative to it; statistics: one per scale group.
+
+        Returns what to write and the layer as a server will compute it, in fp32.
+        """
+        report = LayerReport(index)
+        folded, group_scales, row_scales = dict(tensors), [], {}
+        for group, inputs in zip(self.architecture.groups, statistics, strict=True):
+            choice, shared = self._choose(index, group, tensors, inputs), shared_channels(self.source.config, group)
+            scales, rows = fold(folded, group, choice.scales, self.dtype, shared)
+            group_scales.append(scales)
+            if rows.numel():
+                row_scales[group.previous] = rows
+            report.scales.append(_scale_report(group, choice, tensors, inputs))
+        dense = {name: self._as_stored(index, name, tensor) for name, tensor in folded.items()}
+        written = {f"{self.architecture.layer_prefix(index)}{name}": tensor for name, tensor in dense.items()}
+        for group, inputs, scales in zip(self.architecture.groups, statistics, group_scales, strict=True):
+            for linear, weight in self._round(index, group, folded, inputs.scaled(scales)).items():
+                del written[f"{weight.name}.weight"]
+                written |= {f"{weight.name}.{key}": getattr(weight, key) for key in ("qweight", "qzeros", "scales")}
+                dense[f"{linear}.weight"] = weight.dequantize()
+                effective = dense[f"{linear}.weight"] / scales
+                if linear in row_scales:
+                    effective *= row_scales[linear][:, None]
+                report.linears.append(self._linear_report(linear, tensors[f"{linear}.weight"], effective, inputs))
+        return LayerResult(written, report), {name: tensor.float() for name, tensor in dense.items()}
+
+    def _choose(
+        self, index: int, group: ScaleGroup, tensors: dict[str, Tensor], inputs: InputStatistics
+    ) -> ScaleChoice:
+        weights = [tensors[f"{name}.weight"] for name in group.linears if self._converts(index, name)]
+        channels = inputs.mean_abs.shape[0]
+        if not weights or not self.options.scales:
+            return identity_choice(channels)
+        shared = shared_channels(self.source.config, group)
+        return search_scales(torch.cat(weights), inputs, self._group_size(channels), shared)
+
+    def _round(
+        self, index: int, group: ScaleGroup, folded: dict[str, Tensor], inputs: InputStatistics
+    ) -> dict[str, AwqWeight]:
+        """The group's quantized linears, rounded together: they share the second moment of their (scaled) inputs."""
+        names = [name for name in group.linears if self._converts(index, name)]
+        if not names:
+            return {}
+        weights = [folded[f"{name}.weight"] for name in names]
+        clip = [name not in self.architecture.unclipped and self.options.clip for name in names]
+        clipped = torch.cat([torch.full((weight.shape[0],), flag) for weight, flag in zip(weights, clip, strict=True)])
+        size = self._group_size(weights[0].shape[1])
+        rounded = _ROUNDINGS[self.options.rounding](
+            torch.cat(weights), inputs.second_moment, size, parameter_chooser(clipped)
+        )
+        packed, start = {}, 0
+        for name, weight in zip(names, weights, strict=True):
+            rows = slice(start, start + weight.shape[0])
+            part = Rounded(rounded.integers[rows], rounded.zeros[rows], rounded.scales[rows])
+            packed[name] = pack(f"{self.architecture.layer_prefix(index)}{name}", part, size)
+            start = rows.stop
+        return packed
+
+    def _group_size(self, channels: int) -> int:
+        return channels if self.options.group_size == -1 else self.options.group_size
+
+    def _converts(self, index: int, linear: str) -> bool:
+        return self.quant_config.converts(f"{self.architecture.layer_prefix(index)}{linear}")
+
+    def _as_stored(self, index: int, name: str, tensor: Tensor) -> Tensor:
+        linear = name.removesuffix(".weight")
+        if linear in self.architecture.linears and self._converts(index, linear):
+            return tensor
+        return cast_checked(f"{self.architecture.layer_prefix(index)}{name}", tensor, self.dtype)
+
+    def _linear_report(self, name: str, weight: Tensor, effective: Tensor, inputs: InputStatistics) -> LinearReport:
+        moment = inputs.second_moment
+        energy = max(output_error(weight, moment), 1e-30)
+        nearest = nearest_values(weight, self._group_size(weight.shape[1]))
+        return LinearReport(
+            name, output_error(nearest - weight, moment) / energy, output_error(effective - weight, moment) / energy
+        )
+
+
+def pack(name: str, rounded: Rounded, group_size: int) -> AwqWeight:
+    """The three tensors of the gemm layout. FormatError if they are not what the format says."""
+    if not torch.isfinite(rounded.scales).all():
+        raise QuantizeError(f"{name}: weights are too large for fp16 scales (above {65504 * 15 / 2:.0f})")
+    qweight, qzeros = pack_int4(rounded.integers.t()), pack_int4(rounded.zeros.t())
+    weight = AwqWeight(name, qweight, qzeros, rounded.scales.t().contiguous(), group_size)
+    weight.validate()
+    return weight
+
+
+def cast_checked(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in `dtype`; QuantizeError where a value overflows it."""
+    cast = tensor.to(dtype)
+    if not torch.isfinite(cast).all():
+        largest = float(tensor.abs().max())
+        raise QuantizeError(
+            f"{name}: {largest:g} does not fit {str(dtype).removeprefix('torch.')} "
+            f"(at most {torch.finfo(dtype).max:g}); use --dtype bfloat16"
+        )
+    return cast
+
+
+def check_divisible(
+    architecture: Architecture, options: QuantizeOptions, shapes: dict[str, tuple[int, ...]], num_layers: int
+) -> None:
+    """QuantizeError naming the first linear that the group size or the word of 8 columns does not divide."""
+    config = options.quant_config
+    for index in range(num_layers):
+        for linear in architecture.linears:
+            name = f"{architecture.layer_prefix(index)}{linear}"
+            rows, columns = shapes[f"{name}.weight"]
+            if not config.converts(name):
+                continue
+            way_out = f"or leave it unquantized with --modules-to-not-convert {linear.split('.')[-1]}"
+            if rows % 8:
+                raise QuantizeError(f"{name}: {rows} output features are not a multiple of 8; {way_out[3:]}")
+            if options.group_size != -1 and columns % options.group_size:
+                fitting = ", ".join(str(size) for size in (32, 64, 128) if columns % size == 0) or "only -1"
+                raise QuantizeError(
+                    f"{name}: {columns} input features are not a multiple of group size {options.group_size}; "
+                    f"use --group-size ({fitting} fits) {way_out}"
+                )
+
+
+def _scale_report(
+    group: ScaleGroup, choice: ScaleChoice, tensors: dict[str, Tensor], inputs: InputStatistics
+) -> ScaleReport:
+    energy = sum(output_error(tensors[f"{name}.weight"], inputs.second_moment) for name in group.linears)
+    relative = 1 / max(energy, 1e-30)
+    return ScaleReport(
+        group.previous,
+        group.linears,
+        choice.formula,
+        choice.exponent,
+        choice.error_identity * relative,
+        choice.error * relative,
+    )
+
+
+def versions() -> dict[str, Any]:
+    """What the written integers depend on besides the options: library versions and the thread count."""
+    import transformers
+
+    return {"torch": torch.__version__, "transformers": transformers.__version__, "threads": torch.get_num_threads()}

@@ -1,0 +1,123 @@
+"""Group parameters and rounding: from an fp32 weight to 4-bit integers, zero points and fp16 scales.
+
+Everywhere here a weight is [N, K] (outputs, inputs), its groups are G consecutive inputs of one row, and a scale is an
+fp32 tensor that holds only values fp16 can hold: what is judged is what will be stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MAX_INTEGER = 15
+MIN_SCALE = 2.0**-24
+"""The smallest positive fp16: a group whose scale would round to zero gets this one."""
+DAMPING = 0.01
+"""Added to the second moment's diagonal, as a part of its mean, before it is inverted."""
+FEEDBACK_BLOCK = 64
+"""Columns updated one by one before the rest of the row is updated by one matmul."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rounded:
+    """Integers [N, K] and zero points [N, K/G], both uint8 0..15, and scales [N, K/G] in fp16."""
+
+    integers: Tensor
+    zeros: Tensor
+    scales: Tensor
+
+    def dequantize(self) -> Tensor:
+        """fp32 [N, K]."""
+        rows, groups = self.scales.shape
+        centred = self.integers.reshape(rows, groups, -1).float() - self.zeros.unsqueeze(-1).float()
+        return (centred * self.scales.float().unsqueeze(-1)).reshape(rows, -1)
+
+
+def range_parameters(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and zero point (both fp32) that cover [low, high] and zero with 16 levels."""
+    low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+    scale = ((high - low) / MAX_INTEGER).half().float().clamp_(min=MIN_SCALE)
+    return scale, (-low / scale).round_().clamp_(0, MAX_INTEGER)
+
+
+def to_integers(values: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """Nearest integers 0..15 (held in fp32) of values under broadcastable parameters."""
+    return (values / scale).round_().add_(zero).clamp_(0, MAX_INTEGER)
+
+
+def nearest_values(weight: Tensor, group_size: int) -> Tensor:
+    """The weight after plain round-to-nearest, dequantized. The inner loop of the scale search."""
+    groups = weight.reshape(weight.shape[0], -1, group_size)
+    scale, zero = range_parameters(groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True))
+    return to_integers(groups, scale, zero).sub_(zero).mul_(scale).reshape(weight.shape)
+
+
+ParameterChooser = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(group's weights [N, G], second moment of its inputs [G, G]) -> scale [N, 1], zero point [N, 1]."""
+
+
+def round_nearest(weight: Tensor, second_moment: Tensor, group_size: int, choose: ParameterChooser) -> Rounded:
+    """Each weight to the nearest level of its group."""
+    integers, scales, zeros = [], [], []
+    for start in range(0, weight.shape[1], group_size):
+        columns = slice(start, start + group_size)
+        scale, zero = choose(weight[:, columns], second_moment[columns, columns])
+        integers.append(to_integers(weight[:, columns], scale, zero).to(torch.uint8))
+        scales.append(scale)
+        zeros.append(zero)
+    return _rounded(torch.cat(integers, 1), scales, zeros)
+
+
+def round_feedback(weight: Tensor, second_moment: Tensor, group_size: int, choose: ParameterChooser) -> Rounded:
+    """Rounds column by column and lets the columns to come make up for each error (GPTQ, arXiv 2210.17323).
+
+    With U the upper Cholesky factor of the inverse second moment, an error e at column j is best compensated by
+    subtracting e / U[j, j] * U[j, j+1:] from the columns after it. A group's parameters are chosen when its first column
+    is reached, from its weights as updated by then. Columns keep their order, so groups stay consecutive inputs.
+    """
+    factor = _inverse_factor(second_moment)
+    remaining = weight.t().contiguous()  # [K, N]: a column's weights lie together
+    num_columns = remaining.shape[0]
+    integers = torch.empty(remaining.shape, dtype=torch.uint8)
+    scales, zeros = [], []
+    block = min(FEEDBACK_BLOCK, group_size)
+    for start in range(0, num_columns, block):
+        if start % group_size == 0:
+            columns = slice(start, start + group_size)
+            scale, zero = choose(remaining[columns].t(), second_moment[columns, columns])
+            scales.append(scale)
+            zeros.append(zero)
+            row_scale, row_zero = scale.squeeze(1).contiguous(), zero.squeeze(1).contiguous()
+        stop = min(start + block, num_columns, (start // group_size + 1) * group_size)
+        errors = torch.empty(stop - start, remaining.shape[1])
+        for column in range(start, stop):
+            values = remaining[column]
+            levels = to_integers(values, row_scale, row_zero)
+            integers[column] = levels.to(torch.uint8)
+            error = (values - levels.sub_(row_zero).mul_(row_scale)).div_(factor[column, column])
+            errors[column - start] = error
+            if column + 1 < stop:
+                remaining[column + 1 : stop].addr_(factor[column, column + 1 : stop], error, alpha=-1)
+        if stop < num_columns:
+            remaining[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
+    return _rounded(integers.t().contiguous(), scales, zeros)
+
+
+def _inverse_factor(second_moment: Tensor) -> Tensor:
+    """Upper Cholesky factor of the damped second moment's inverse; more damping where rounding made it indefinite."""
+    diagonal = second_moment.diagonal().mean().clamp(min=1e-12)
+    damping = DAMPING
+    while True:
+        damped = second_moment.double()
+        damped.diagonal().add_(damping * diagonal)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            return torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True).float()
+        damping *= 10
+
+
+def _rounded(integers: Tensor, scales: list[Tensor], zeros: list[Tensor]) -> Rounded:
+    return Rounded(integers, torch.cat(zeros, 1).to(torch.uint8), torch.cat(scales, 1).half())

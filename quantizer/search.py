@@ -1,0 +1,141 @@
+"""Scale and clip search: pure functions of weights and activation statistics.
+
+A candidate changes a weight W by dW, and the output y = W x by dW x. Its cost is E|dW x|^2 = tr(dW H dWT) with
+H = E[x xT], so H is gathered once and no candidate needs a forward pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantizer.calibrate import InputStatistics
+from quantizer.rounding import ParameterChooser, nearest_values, range_parameters, to_integers
+
+COARSE_EXPONENTS = tuple(index / 8 for index in range(1, 9))
+FINE_STEP = 1 / 16
+SHRINK_FACTORS = tuple(1.0 - index / 20 for index in range(1, 11))
+"""Candidates for a clipped range, as a part of the full one; the full range is always a candidate too."""
+MAX_SEARCH_ROWS = 1024
+"""Rows of the weights looked at by the scale search, evenly spread: a scale is shared by all rows, so a sample ranks it."""
+MAX_SCALE_RATIO = 2.0**8
+"""Scales lie within this factor of one, so that nothing folded by them leaves fp16's normal range."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScaleChoice:
+    """Per-channel scales [K] and how they were found; errors are tr(dW H dWT) over the rows looked at."""
+
+    scales: Tensor
+    formula: str
+    exponent: float
+    error_identity: float
+    error: float
+
+    @property
+    def is_identity(self) -> bool:
+        return self.formula == "identity"
+
+
+def output_error(delta: Tensor, second_moment: Tensor) -> float:
+    """tr(dW H dWT): the expected squared change of the output. delta: [N, K]."""
+    return float(((delta @ second_moment) * delta).sum(dtype=torch.float64))
+
+
+def output_errors(delta: Tensor, second_moment: Tensor) -> Tensor:
+    """The same per row, [N]."""
+    return ((delta @ second_moment) * delta).sum(-1)
+
+
+def identity_choice(channels: int, error: float = 0.0) -> ScaleChoice:
+    return ScaleChoice(torch.ones(channels), "identity", 0.0, error, error)
+
+
+def search_scales(
+    weight: Tensor, statistics: InputStatistics, group_size: int, shared: Tensor | None = None
+) -> ScaleChoice:
+    """The best scales for linears that share an input (weight: their rows together, [N, K]).
+
+    Candidates are the identity, x^a ("activation") and x^a / w^(1-a) ("weighted"), x the mean magnitude of a channel's
+    inputs and w that of its weights relative to their group: exponents in eighths, then sixteenths around the best.
+    shared: for each channel the index of the scale it must share, or None.
+    """
+    weight = weight[:: -(-weight.shape[0] // MAX_SEARCH_ROWS)]
+    moment = statistics.second_moment
+    activation = _share(statistics.mean_abs, shared)
+    magnitude = _share(_relative_magnitude(weight, group_size), shared)
+
+    def candidate(formula: str, exponent: float, error_identity: float) -> ScaleChoice:
+        scales = activation.pow(exponent)
+        if formula == "weighted":
+            scales = scales / magnitude.pow(1 - exponent)
+        scales = _centre(scales)
+        delta = nearest_values(weight * scales, group_size).div_(scales).sub_(weight)
+        return ScaleChoice(scales, formula, exponent, error_identity, output_error(delta, moment))
+
+    error_identity = output_error(nearest_values(weight, group_size).sub_(weight), moment)
+    best = identity_choice(weight.shape[1], error_identity)
+    for formula in ("activation", "weighted"):
+        choices = [candidate(formula, exponent, error_identity) for exponent in COARSE_EXPONENTS]
+        top = min(choices, key=lambda choice: choice.error)
+        around = [top.exponent - FINE_STEP, top.exponent + FINE_STEP]
+        choices += [candidate(formula, exponent, error_identity) for exponent in around if exponent <= 1]
+        best = min([best, *choices], key=lambda choice: choice.error)
+    return best
+
+
+def _relative_magnitude(weight: Tensor, group_size: int) -> Tensor:
+    """Mean over rows of |w| relative to the largest of its group: [K]."""
+    groups = weight.abs().reshape(weight.shape[0], -1, group_size)
+    return (groups / groups.amax(-1, keepdim=True).clamp(min=1e-12)).mean(0).reshape(-1)
+
+
+def _share(values: Tensor, shared: Tensor | None) -> Tensor:
+    """Averages channels that must share a scale; keeps everything positive so that any power is finite."""
+    if shared is not None:
+        size = int(shared.max()) + 1
+        sums = torch.zeros(size).index_add_(0, shared, values)
+        values = (sums / torch.bincount(shared, minlength=size))[shared]
+    return values.clamp(min=1e-5)
+
+
+def _centre(scales: Tensor) -> Tensor:
+    """Scales around one: their common factor changes nothing but the range that fp16 has to hold."""
+    scales = scales / (scales.max() * scales.min()).sqrt()
+    return scales.clamp(1 / MAX_SCALE_RATIO, MAX_SCALE_RATIO)
+
+
+def parameter_chooser(clipped: Tensor | None) -> ParameterChooser:
+    """A chooser of group parameters: the full range, or per (row, group) the shrunken one with the smallest error.
+
+    clipped: bool [N], the rows whose range may shrink; None clips nothing.
+    """
+
+    def choose(weights: Tensor, second_moment: Tensor) -> tuple[Tensor, Tensor]:
+        low, high = weights.amin(-1, keepdim=True), weights.amax(-1, keepdim=True)
+        scale, zero = range_parameters(low, high)
+        if clipped is None or not bool(clipped.any()):
+            return scale, zero
+        rows = clipped.nonzero().squeeze(1)
+        scale[rows], zero[rows] = _best_range(weights[rows], low[rows], high[rows], second_moment)
+        return scale, zero
+
+    return choose
+
+
+def _best_range(weights: Tensor, low: Tensor, high: Tensor, second_moment: Tensor) -> tuple[Tensor, Tensor]:
+    weights = weights.contiguous()
+    best: tuple[Tensor, Tensor, Tensor] | None = None
+    for factor in (1.0, *SHRINK_FACTORS):
+        scale, zero = range_parameters(low * factor, high * factor)
+        delta = to_integers(weights, scale, zero).sub_(zero).mul_(scale).sub_(weights)
+        error = output_errors(delta, second_moment).unsqueeze(1)
+        if best is None:
+            best = (error, scale, zero)
+        else:
+            better = error < best[0]
+            best = tuple(torch.where(better, new, old) for new, old in zip((error, scale, zero), best, strict=True))
+    assert best is not None
+    return best[1], best[2]
