@@ -1,0 +1,257 @@
+"""The engine's process: starts it, feeds it from the pipe, and reports what it did or why it could not.
+
+`spawn_engine` runs in the API process and imports nothing heavy; `engine_main` is what the child runs. One loop serves both
+the child and `--in-process` (a thread with a pipe of its own), so that the two differ in nothing but the address space.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import multiprocessing
+import os
+import queue
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Protocol
+
+from server.config import EngineConfig
+from server.engine import codec
+from server.types import (
+    AbortReason,
+    AbortRequest,
+    EngineFailure,
+    EngineInfo,
+    EngineOutput,
+    FinishReason,
+    GenerateRequest,
+    Shutdown,
+    StepOutput,
+    TokenEvent,
+)
+
+logger = logging.getLogger(__name__)
+
+# Seconds that the loop gets to end by itself once the API process is gone: a step may be under way.
+_ORPHAN_GRACE = 5.0
+
+
+class Engine(Protocol):
+    """What the loop needs of an engine. `step` never blocks when there is no work, and reports aborted requests too."""
+
+    info: EngineInfo
+
+    def submit(self, request: GenerateRequest) -> None: ...
+
+    def abort(self, request_id: str, reason: AbortReason) -> None: ...
+
+    def has_work(self) -> bool: ...
+
+    def step(self) -> StepOutput: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessHandle:
+    """An engine in a process of its own, seen from the API process."""
+
+    connection: Connection
+    process: BaseProcess
+
+    def join(self, seconds: float) -> None:
+        self.process.join(seconds)
+
+    def kill(self) -> None:
+        self.process.kill()
+
+    def exit_code(self) -> int | None:
+        return self.process.exitcode
+
+
+@dataclass(frozen=True, slots=True)
+class ThreadHandle:
+    """An engine in a thread, which cannot be killed and has no exit code."""
+
+    connection: Connection
+    thread: threading.Thread
+
+    def join(self, seconds: float) -> None:
+        self.thread.join(seconds)
+
+    def kill(self) -> None:
+        return
+
+    def exit_code(self) -> None:
+        return None
+
+
+class _PeerGone:
+    """Stands in the inbox for the end of the pipe."""
+
+
+class EngineLoop:
+    """Runs an engine from the messages of a connection until a shutdown, the peer's end, or a failure."""
+
+    def __init__(self, engine: Engine, inbox: queue.SimpleQueue[object], connection: Connection) -> None:
+        self._engine = engine
+        self._inbox = inbox
+        self._connection = connection
+        self._live: set[str] = set()  # submitted and not yet reported finished
+        self._refused: list[TokenEvent] = []  # requests that `submit` did not take
+        self._stopping = False
+
+    def run(self) -> None:
+        """Returns when it is told to stop; an engine's exception passes through."""
+        while self._receive():
+            output = self._engine.step()
+            if self._refused:
+                output = dataclasses.replace(output, events=[*output.events, *self._refused])
+                self._refused = []
+            self._live.difference_update(event.request_id for event in output.events if event.finish_reason is not None)
+            if not self._send(output) or (self._stopping and not self._engine.has_work()):
+                return
+
+    def _receive(self) -> bool:
+        """Take all messages that wait; block for one when the engine is idle, so that an idle server uses no processor."""
+        block = not self._engine.has_work() and not self._stopping
+        while True:
+            try:
+                message = self._inbox.get(block=block)
+            except queue.Empty:
+                return True
+            block = False
+            if isinstance(message, GenerateRequest):
+                self._submit(message)
+            elif isinstance(message, AbortRequest):
+                self._engine.abort(message.request_id, message.reason)
+            elif isinstance(message, Shutdown):
+                self._stopping = True
+                if not message.drain:
+                    for request_id in self._live:
+                        self._engine.abort(request_id, AbortReason.CLIENT)
+            elif isinstance(message, _PeerGone):
+                return False
+
+    def _submit(self, request: GenerateRequest) -> None:
+        """A ValueError of `submit` ends that request alone."""
+        try:
+            self._engine.submit(request)
+        except ValueError as error:
+            self._refused.append(
+                TokenEvent(request.request_id, [], finish_reason=FinishReason.ERROR, error=str(error), timings=None)
+            )
+        else:
+            self._live.add(request.request_id)
+
+    def _send(self, output: EngineOutput) -> bool:
+        try:
+            self._connection.send_bytes(codec.encode(output))
+        except OSError:  # the API process is gone
+            return False
+        return True
+
+
+def serve_engine(build: Callable[[], Engine], connection: Connection, epoch: int, *, exit_when_orphaned: bool) -> bool:
+    """Build the engine, say EngineInfo, and run its loop. True for an orderly end; False after an EngineFailure.
+
+    The pipe is read by a thread from the start on: the API process never waits for a step, and its death is seen even
+    while the model loads.
+    """
+    inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
+    reader = threading.Thread(
+        target=_read_messages, args=(connection, inbox, exit_when_orphaned), name="engine-inbox", daemon=True
+    )
+    reader.start()
+    engine: Engine | None = None
+    try:
+        engine = build()
+        connection.send_bytes(codec.encode(engine.info))
+        EngineLoop(engine, inbox, connection).run()
+        return True
+    except (BrokenPipeError, ConnectionResetError):  # the API process left while the model loaded
+        return True
+    except Exception as error:
+        # A ValueError or OSError while building is the user's: a missing file, a model that does not fit. One line says it.
+        expected = engine is None and isinstance(error, ValueError | OSError)
+        if expected:
+            logger.error("the engine cannot start: %s", error)
+        else:
+            logger.exception("the engine failed")
+        _report_failure(connection, epoch, str(error) if expected else f"{type(error).__name__}: {error}")
+        return False
+    finally:
+        if engine is not None:
+            engine.close()
+        connection.close()
+
+
+def _report_failure(connection: Connection, epoch: int, error: str) -> None:
+    try:
+        connection.send_bytes(codec.encode(EngineFailure(epoch, error)))
+    except OSError:
+        logger.warning("the API process is gone: nobody to tell of the failure")
+
+
+def _read_messages(connection: Connection, inbox: queue.SimpleQueue[object], exit_when_orphaned: bool) -> None:
+    while True:
+        try:
+            data = connection.recv_bytes()
+        except (EOFError, OSError):
+            break
+        inbox.put(codec.decode(data))
+    inbox.put(_PeerGone())
+    if exit_when_orphaned:
+        time.sleep(_ORPHAN_GRACE)
+        os._exit(1)  # a step or a load that does not end must not outlive the server
+
+
+def engine_main(config: EngineConfig, connection: Connection, epoch: int, log_level: str = "info") -> None:
+    """What the engine process runs. The API process decides when it ends, so signals sent to the whole group are ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    logging.basicConfig(level=log_level.upper(), format="%(levelname)s engine: %(message)s", force=True)
+    if not serve_engine(lambda: _build(config, epoch), connection, epoch, exit_when_orphaned=True):
+        raise SystemExit(1)
+
+
+def _build(config: EngineConfig, epoch: int) -> Engine:
+    from server.engine.engine import build_engine
+
+    return build_engine(config, epoch)
+
+
+def spawn_engine(config: EngineConfig, epoch: int, log_level: str = "info") -> ProcessHandle:
+    """Start the engine in a fresh process; it says EngineInfo or EngineFailure on the pipe when it has loaded."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process: BaseProcess = context.Process(
+        target=engine_main, args=(config, theirs, epoch, log_level), name=f"awq-serve engine {epoch}"
+    )
+    process.start()
+    theirs.close()  # so that the pipe ends when the child does
+    return ProcessHandle(ours, process)
+
+
+def thread_engine(build: Callable[[], Engine], epoch: int) -> ThreadHandle:
+    """The same loop in a thread of this process (`--in-process`, tests)."""
+    ours, theirs = multiprocessing.Pipe()
+    thread = threading.Thread(
+        target=serve_engine,
+        args=(build, theirs, epoch),
+        kwargs={"exit_when_orphaned": False},
+        name=f"engine-{epoch}",
+        daemon=True,
+    )
+    thread.start()
+    return ThreadHandle(ours, thread)
+
+
+def in_process_engine(config: EngineConfig, epoch: int) -> ThreadHandle:
+    """`thread_engine` for the real engine."""
+    return thread_engine(lambda: _build(config, epoch), epoch)
