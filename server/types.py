@@ -119,7 +119,7 @@ class StepStats:
     num_blocks: int
     num_used_blocks: int
     num_cached_blocks: int
-    num_prompt_tokens: int = 0  # computed in this step
+    num_prompt_tokens: int = 0  # of the requests that gave their first token in this step
     num_generation_tokens: int = 0
     num_prefix_queries: int = 0  # prompt tokens of requests admitted in this step, and
     num_prefix_hits: int = 0  # how many of those the prefix cache held

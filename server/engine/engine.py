@@ -1,0 +1,123 @@
+"""The engine: submit, step, abort. Synchronous and single-threaded; `server.engine.process` gives it a process and a pipe."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from pathlib import Path
+
+from kernels.backend import BackendOptions, KVCacheSpec, create_backend
+from server.config import EngineConfig
+from server.engine.block_manager import BlockManager
+from server.engine.kv_cache import plan_kv_cache
+from server.engine.runner import Runner
+from server.engine.scheduler import ScheduledBatch, Scheduler
+from server.engine.sequence import Sequence
+from server.memory import memory_limit
+from server.model_config import ModelError, load_model_config
+from server.models.loader import load_decoder
+from server.types import AbortReason, EngineInfo, GenerateRequest, StepOutput, TokenEvent
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_MAX_NUM_BATCHED_TOKENS = 512
+
+
+class Engine:
+    """Continuous batching over a scheduler and a runner. `info` describes what was built."""
+
+    def __init__(self, scheduler: Scheduler, runner: Runner, info: EngineInfo, seed: int | None = None) -> None:
+        self.scheduler = scheduler
+        self.runner = runner
+        self.info = info
+        self._sequences: dict[str, Sequence] = {}
+        self._pending_events: list[TokenEvent] = []  # of aborts, told with the next step's
+        self._random = random.Random(seed) if seed is not None else random.SystemRandom()
+
+    def submit(self, request: GenerateRequest) -> None:
+        """Queues a request. Its id must be new, its prompt shorter than max_model_len: the edge has made sure."""
+        assert request.request_id not in self._sequences, f"duplicate request id {request.request_id}"
+        seed = request.sampling.seed
+        if seed is None:
+            seed = self._random.getrandbits(63)
+        sequence = Sequence(request, seed, list(request.prompt_token_ids))
+        self._sequences[request.request_id] = sequence
+        self.scheduler.add(sequence)
+
+    def abort(self, request_id: str, reason: AbortReason) -> None:
+        """Ends a request; one that has ended already is passed over, since both sides may end it at the same time."""
+        sequence = self._sequences.pop(request_id, None)
+        if sequence is not None:
+            self._pending_events.append(self.scheduler.finish(sequence, reason.finish_reason, time.monotonic()))
+
+    def has_work(self) -> bool:
+        return bool(self._pending_events) or self.scheduler.has_work()
+
+    def step(self) -> StepOutput:
+        """One step: schedule, compute, postprocess. Without anything to compute it only reports."""
+        started = time.monotonic()
+        self._pending_events += self.scheduler.expire(started)
+        batch: ScheduledBatch | None = None
+        num_prompt_tokens = 0
+        if self.scheduler.has_work():
+            batch = self.scheduler.schedule(started)
+            sampled = self.runner.collect(self.runner.launch(batch))
+            now = time.monotonic()
+            self._pending_events += self.scheduler.postprocess(batch, sampled, now)
+            num_prompt_tokens = sum(
+                entry.sequence.num_prompt_tokens for entry in batch.entries if entry.sequence.first_token == now
+            )
+        events, self._pending_events = self._pending_events, []
+        for event in events:
+            if event.finish_reason is not None:
+                self._sequences.pop(event.request_id, None)
+        num_generated = sum(len(event.token_ids) for event in events)
+        stats = self.scheduler.stats(batch, num_prompt_tokens, num_generated, time.monotonic() - started)
+        return StepOutput(self.info.epoch, events, stats)
+
+    def close(self) -> None:
+        """Nothing to give back that the process's end does not."""
+
+
+def build_engine(config: EngineConfig, epoch: int = 0) -> Engine:
+    """Loads the model and sizes everything. Raises ModelError, FormatError or ValueError for what the user must mend."""
+    model_dir = Path(config.model)
+    model = load_model_config(model_dir)
+    max_batched = config.max_num_batched_tokens or max(DEFAULT_MAX_NUM_BATCHED_TOKENS, config.max_num_seqs)
+    if max_batched < config.max_num_seqs:
+        raise ModelError(
+            f"--max-num-batched-tokens {max_batched} is less than --max-num-seqs {config.max_num_seqs}: "
+            "a step must hold one token of every running sequence"
+        )
+    options = BackendOptions(num_threads=config.threads, kv_cache_dtype=config.kv_cache_dtype)
+    backend = create_backend(config.kernel_backend, options)
+    longest = config.max_model_len or model.max_context
+    decoder = load_decoder(model_dir, model, backend, longest)
+
+    def kv_spec(num_blocks: int) -> KVCacheSpec:
+        return KVCacheSpec(
+            model.num_layers, num_blocks, config.block_size, model.num_kv_heads, model.head_dim, config.kv_cache_dtype
+        )
+
+    plan = plan_kv_cache(
+        config,
+        model.max_context,
+        backend.kv_block_nbytes(kv_spec(1)),
+        decoder.weights.nbytes,
+        backend.workspace_nbytes(
+            max_batched, config.max_num_seqs, model.hidden_size, model.intermediate_size, model.vocab_size
+        ),
+        memory_limit(),
+    )
+    for note in plan.notes:
+        logger.info("%s", note)
+    eos_token_ids = frozenset(model.eos_token_ids)
+    runner = Runner(
+        decoder, backend, kv_spec(plan.num_blocks), max_batched, config.max_num_seqs, plan.max_model_len, eos_token_ids
+    )
+    runner.warm_up()
+    block_manager = BlockManager(plan.num_blocks, config.block_size, config.enable_prefix_caching)
+    scheduler = Scheduler(block_manager, config.max_num_seqs, max_batched, plan.max_model_len, eos_token_ids)
+    info = EngineInfo(epoch, plan.max_model_len, plan.num_blocks, config.block_size, backend.name, list(plan.notes))
+    return Engine(scheduler, runner, info, config.seed)

@@ -1,0 +1,69 @@
+"""Runs a model over scheduled batches: owns the buffers, the KV pool and the recorded forward pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.backend import Backend, ForwardBatch, KVCacheSpec, SampledRows, SamplingBatch
+from server.engine.batch import fill_forward_batch
+from server.engine.sampler import Sampler
+from server.engine.scheduler import SampledToken, ScheduledBatch
+from server.models.decoder import Decoder
+
+
+@dataclass(frozen=True, slots=True)
+class StepHandle:
+    """A launched step."""
+
+    sampled: SampledRows | None
+
+
+class Runner:
+    """`launch` starts a step, `collect` waits for its tokens; apart, so that scheduling can overlap with computing."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        backend: Backend,
+        kv_spec: KVCacheSpec,
+        max_num_batched_tokens: int,
+        max_num_seqs: int,
+        max_model_len: int,
+        eos_token_ids: frozenset[int],
+    ) -> None:
+        self.backend = backend
+        self.block_size = kv_spec.block_size
+        max_blocks = -(-max_model_len // kv_spec.block_size)
+        self.batch = ForwardBatch.allocate(
+            max_num_batched_tokens, max_num_seqs, max_blocks, max_num_seqs, backend.device
+        )
+        self.kv = backend.allocate_kv(kv_spec)
+        self.sampler = Sampler(SamplingBatch.allocate(max_num_seqs, backend.device), eos_token_ids)
+        self.program = backend.record(lambda: decoder.forward(self.batch, self.kv), self.batch)
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Runs one small batch on block 0, so that the first request finds everything compiled and paged in."""
+        length = min(self.batch.max_tokens, self.block_size)
+        tokens = range(length)
+        self.batch.fill([0] * length, tokens, tokens, [length], [length], [[0]], [length - 1])
+        self.program.run()
+
+    @torch.inference_mode()
+    def launch(self, scheduled: ScheduledBatch) -> StepHandle:
+        fill_forward_batch(self.batch, scheduled, self.block_size)
+        logits: Tensor = self.program.run()
+        sequences = scheduled.sampling
+        if not sequences:
+            return StepHandle(None)
+        return StepHandle(self.backend.sample(logits, self.sampler.prepare(sequences, logits)))
+
+    def collect(self, handle: StepHandle) -> list[SampledToken]:
+        """One entry per sequence of the step's `sampling`."""
+        if handle.sampled is None:
+            return []
+        token_ids, finite = handle.sampled.token_ids.tolist(), handle.sampled.finite.tolist()
+        return [SampledToken(token if ok else None) for token, ok in zip(token_ids, finite, strict=True)]

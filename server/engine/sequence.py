@@ -1,0 +1,82 @@
+"""A request inside the engine: its tokens, its blocks, and the counters from which all else derives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from server.types import FinishReason, GenerateRequest, RequestTimings, SamplingParams
+
+
+class SequenceStatus(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """`token_ids` is the prompt followed by the output. The first `num_computed_tokens` have their keys and values in the blocks
+    of `block_table`; block i holds positions i * block_size on."""
+
+    request: GenerateRequest
+    seed: int
+    token_ids: list[int]
+    num_computed_tokens: int = 0
+    num_cached_tokens: int = 0  # prompt tokens that the prefix cache supplied at the first admission
+    num_preemptions: int = 0
+    block_table: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks hashed so far
+    status: SequenceStatus = SequenceStatus.WAITING
+    first_scheduled: float | None = None
+    first_token: float | None = None
+
+    def __post_init__(self) -> None:
+        assert self.token_ids, "a sequence has at least one prompt token"
+        assert 0 <= self.num_computed_tokens <= len(self.token_ids)
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def sampling(self) -> SamplingParams:
+        return self.request.sampling
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return self.num_tokens - self.num_prompt_tokens
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        return self.num_tokens - self.num_computed_tokens
+
+    @property
+    def is_decoding(self) -> bool:
+        """Only the newest token is left to compute: the next step samples one."""
+        return self.num_uncomputed_tokens == 1
+
+    def finish_reason(self, max_model_len: int, eos_token_ids: frozenset[int]) -> FinishReason | None:
+        """Whether the newest output token ends the sequence."""
+        sampling, token = self.sampling, self.token_ids[-1]
+        if self.num_output_tokens >= sampling.min_tokens:
+            if token in sampling.stop_token_ids:
+                return FinishReason.STOP
+            if not sampling.ignore_eos and token in eos_token_ids:
+                return FinishReason.STOP
+        if self.num_output_tokens >= sampling.max_tokens or self.num_tokens >= max_model_len:
+            return FinishReason.LENGTH
+        return None
+
+    def timings(self, now: float) -> RequestTimings:
+        return RequestTimings(
+            self.request.arrival_time, self.first_scheduled, self.first_token, now, self.num_preemptions
+        )

@@ -1,0 +1,232 @@
+"""A checkpoint's config.json, read once into a frozen `ModelConfig`; nothing else looks into the JSON.
+
+Architectures are rows of `ARCHITECTURES`: flags on one decoder, not classes of their own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+class ModelError(ValueError):
+    """A checkpoint that cannot be served; the message names file, field or tensor, what was expected and what was found."""
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """What the code must know of a model type that its config.json does not say."""
+
+    qkv_bias: bool | None = False  # None: config.json's `attention_bias` says
+    o_bias: bool | None = False
+    qk_norm: bool = False
+    sliding_window: str = "none"  # "all" layers, or "layer_types" as config.json lists them
+
+
+ARCHITECTURES: Mapping[str, Architecture] = {
+    "llama": Architecture(qkv_bias=None, o_bias=None),
+    "mistral": Architecture(sliding_window="all"),
+    "qwen2": Architecture(qkv_bias=True, sliding_window="layer_types"),
+    "qwen3": Architecture(qkv_bias=None, o_bias=None, qk_norm=True, sliding_window="layer_types"),
+}
+
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
+
+
+@dataclass(frozen=True, slots=True)
+class RopeConfig:
+    """Rotary embedding: type, base and the type's own parameters as config.json spells them."""
+
+    rope_type: str
+    theta: float
+    rotary_dim: int
+    parameters: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizationConfig:
+    """AWQ as declared. `modules_to_not_convert` is informative: which modules are dense shows in their tensors."""
+
+    group_size: int
+    modules_to_not_convert: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """Everything that loading and running a model need. Sizes are counts of channels, heads, layers or tokens."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    activation: str  # a kernels.backend.Activation
+    rope: RopeConfig
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    sliding_windows: tuple[int | None, ...]  # per layer
+    eos_token_ids: tuple[int, ...]
+    quantization: QuantizationConfig | None
+
+    @property
+    def max_context(self) -> int:
+        """Tokens that the position embedding is made for: the trained context, stretched where the RoPE type stretches it."""
+        if self.rope.rope_type not in ("linear", "dynamic", "yarn"):
+            return self.max_position_embeddings
+        original = self.max_position_embeddings
+        if self.rope.rope_type == "yarn":
+            original = self.rope.parameters.get("original_max_position_embeddings", original)
+        return max(self.max_position_embeddings, int(original * self.rope.parameters.get("factor", 1.0)))
+
+
+def load_model_config(model_dir: Path) -> ModelConfig:
+    """Reads config.json (and generation_config.json's end-of-sequence ids, and AutoAWQ's older quant_config.json).
+
+    Raises ModelError for what is missing, malformed or not supported.
+    """
+    raw = _read_json(model_dir / "config.json", required=True)
+    generation = _read_json(model_dir / "generation_config.json", required=False)
+    model_type = str(raw.get("model_type"))
+    if model_type not in ARCHITECTURES:
+        supported = ", ".join(ARCHITECTURES)
+        raise ModelError(f"config.json: model_type {model_type!r} is not supported; supported: {supported}")
+    architecture = ARCHITECTURES[model_type]
+    hidden_size, num_heads = _positive(raw, "hidden_size"), _positive(raw, "num_attention_heads")
+    num_kv_heads = _positive(raw, "num_key_value_heads", num_heads)
+    if num_heads % num_kv_heads:
+        raise ModelError(
+            f"config.json: num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}"
+        )
+    if raw.get("head_dim") is None and hidden_size % num_heads:
+        raise ModelError(f"config.json: hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads}")
+    head_dim = _positive(raw, "head_dim", hidden_size // num_heads)
+    attention_bias = bool(raw.get("attention_bias", False))
+    hidden_act = raw.get("hidden_act", "silu")
+    if hidden_act not in ACTIVATIONS:
+        raise ModelError(
+            f"config.json: hidden_act {hidden_act!r} is not supported; supported: {', '.join(ACTIVATIONS)}"
+        )
+    num_layers = _positive(raw, "num_hidden_layers")
+    eos = generation.get("eos_token_id") if generation.get("eos_token_id") is not None else raw.get("eos_token_id")
+    return ModelConfig(
+        model_type=model_type,
+        vocab_size=_positive(raw, "vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=_positive(raw, "intermediate_size"),
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        max_position_embeddings=_positive(raw, "max_position_embeddings"),
+        rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+        activation=ACTIVATIONS[hidden_act],
+        rope=_rope(raw, head_dim),
+        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        qkv_bias=attention_bias if architecture.qkv_bias is None else architecture.qkv_bias,
+        o_bias=attention_bias if architecture.o_bias is None else architecture.o_bias,
+        mlp_bias=bool(raw.get("mlp_bias", False)),
+        qk_norm=architecture.qk_norm,
+        sliding_windows=_sliding_windows(raw, architecture, num_layers),
+        eos_token_ids=tuple(_ids(eos)),
+        quantization=_quantization(model_dir, raw),
+    )
+
+
+def _read_json(path: Path, required: bool) -> dict[str, Any]:
+    if not path.is_file():
+        if required:
+            raise ModelError(f"{path.name}: not found in {path.parent}")
+        return {}
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ModelError(f"{path.name}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path.name}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _positive(raw: Mapping[str, Any], field: str, default: int | None = None) -> int:
+    value = raw.get(field)
+    if value is None:
+        value = default
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        raise ModelError(f"config.json: {field} must be a positive integer, found {value!r}")
+    return value
+
+
+def _ids(value: Any) -> list[int]:
+    if value is None:
+        return []
+    return [value] if isinstance(value, int) else [int(token) for token in value]
+
+
+def _rope(raw: Mapping[str, Any], head_dim: int) -> RopeConfig:
+    """Old configs have `rope_theta` and `rope_scaling`, new ones put both into `rope_parameters`."""
+    parameters = dict(raw.get("rope_scaling") or {})
+    parameters.update(raw.get("rope_parameters") or {})
+    rope_type = parameters.get("rope_type", parameters.get("type", "default"))
+    if rope_type not in ROPE_TYPES:
+        raise ModelError(f"config.json: rope type {rope_type!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
+    theta = float(parameters.get("rope_theta", raw.get("rope_theta", 10000.0)))
+    partial = float(parameters.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)))
+    original = raw.get("original_max_position_embeddings")
+    if original is not None:
+        parameters.setdefault("original_max_position_embeddings", original)
+    return RopeConfig(rope_type, theta, int(head_dim * partial), parameters)
+
+
+def _sliding_windows(raw: Mapping[str, Any], architecture: Architecture, num_layers: int) -> tuple[int | None, ...]:
+    window = raw.get("sliding_window")
+    if architecture.sliding_window == "none" or window is None:
+        return (None,) * num_layers
+    if architecture.sliding_window == "all":
+        return (int(window),) * num_layers
+    if not raw.get("use_sliding_window", False):
+        return (None,) * num_layers
+    layer_types = raw.get("layer_types")
+    if layer_types is None:
+        first = raw.get("max_window_layers", num_layers)
+        layer_types = ["full_attention" if layer < first else "sliding_attention" for layer in range(num_layers)]
+    if len(layer_types) != num_layers:
+        raise ModelError(f"config.json: layer_types has {len(layer_types)} entries for {num_layers} layers")
+    unknown = set(layer_types) - {"full_attention", "sliding_attention"}
+    if unknown:
+        raise ModelError(f"config.json: layer_types holds {sorted(unknown)}, which is not supported")
+    return tuple(int(window) if kind == "sliding_attention" else None for kind in layer_types)
+
+
+def _quantization(model_dir: Path, raw: Mapping[str, Any]) -> QuantizationConfig | None:
+    declared, file = raw.get("quantization_config"), "config.json: quantization_config"
+    if declared is None:
+        declared, file = _read_json(model_dir / "quant_config.json", required=False), "quant_config.json"
+        if not declared:
+            return None
+        declared = {"quant_method": "awq", **declared}
+    method = declared.get("quant_method")
+    if method != "awq":
+        raise ModelError(f"{file}: quant_method {method!r} is not supported; supported: awq")
+    bits = declared.get("bits", declared.get("w_bit"))
+    if bits != 4:
+        raise ModelError(f"{file}: bits {bits!r} is not supported; supported: 4")
+    version = str(declared.get("version", "gemm")).lower()
+    if version != "gemm":
+        raise ModelError(f"{file}: version {version!r} is not supported; supported: gemm")
+    if declared.get("zero_point", True) is not True:
+        raise ModelError(f"{file}: zero_point {declared.get('zero_point')!r} is not supported; supported: true")
+    group_size = declared.get("group_size", declared.get("q_group_size"))
+    if not isinstance(group_size, int) or (group_size <= 0 and group_size != -1):
+        raise ModelError(f"{file}: group_size must be a positive integer or -1, found {group_size!r}")
+    return QuantizationConfig(group_size, tuple(declared.get("modules_to_not_convert") or ()))

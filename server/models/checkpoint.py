@@ -1,0 +1,103 @@
+"""The tensors of a safetensors checkpoint: found and described from the file headers, read one at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from server.model_config import ModelError
+
+INDEX_FILE = "model.safetensors.index.json"
+
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where a tensor lies and what its header says, without reading it."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Checkpoint:
+    """All tensors of the safetensors files in a directory, sharded or not.
+
+    Reads no data until `read`. Raises ModelError, naming the file, for missing, truncated or foreign files.
+    """
+
+    def __init__(self, model_dir: Path) -> None:
+        self.model_dir = model_dir
+        self.tensors: dict[str, TensorInfo] = {}
+        self._read: set[str] = set()
+        self._files: dict[str, safe_open] = {}
+        for file in _safetensors_files(model_dir):
+            handle = self._open(file)
+            for name in handle.keys():  # noqa: SIM118 (not a mapping)
+                part = handle.get_slice(name)
+                if name in self.tensors:
+                    raise ModelError(f"{file}: tensor {name} is also in {self.tensors[name].file}")
+                self.tensors[name] = TensorInfo(file, part.get_dtype(), tuple(part.get_shape()))
+
+    def _open(self, file: str) -> safe_open:
+        if file not in self._files:
+            try:
+                self._files[file] = safe_open(str(self.model_dir / file), framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise ModelError(f"{file}: not a complete safetensors file ({error})") from None
+        return self._files[file]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
+
+    def expect(self, name: str, shape: tuple[int, ...] | None = None, dtypes: Iterable[str] = ()) -> TensorInfo:
+        """The tensor's description, checked against shape and dtypes (safetensors' names) without reading it."""
+        info = self.tensors.get(name)
+        if info is None:
+            raise ModelError(f"{self.model_dir.name}: tensor {name} is missing")
+        if shape is not None and info.shape != shape:
+            raise ModelError(f"{info.file}: tensor {name}: expected shape {list(shape)}, found {list(info.shape)}")
+        allowed = tuple(dtypes)
+        if allowed and info.dtype not in allowed:
+            raise ModelError(f"{info.file}: tensor {name}: expected dtype {' or '.join(allowed)}, found {info.dtype}")
+        return info
+
+    def read(self, name: str) -> Tensor:
+        info = self.expect(name)
+        self._read.add(name)
+        try:
+            return self._open(info.file).get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{info.file}: tensor {name} cannot be read ({error})") from None
+
+    def close(self) -> None:
+        """Lets go of the files' mappings."""
+        self._files.clear()
+
+
+def _safetensors_files(model_dir: Path) -> list[str]:
+    if not model_dir.is_dir():
+        raise ModelError(f"{model_dir}: not a directory")
+    index = model_dir / INDEX_FILE
+    if index.is_file():
+        try:
+            files = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError):
+            raise ModelError(f"{INDEX_FILE}: expected a JSON object with weight_map") from None
+        for file in files:
+            if Path(file).name != file or not (model_dir / file).is_file():
+                raise ModelError(f"{INDEX_FILE}: names {file}, which is not in {model_dir}")
+        return files
+    files = sorted(path.name for path in model_dir.glob("*.safetensors"))
+    if files:
+        return files
+    foreign = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for path in model_dir.glob(pattern))
+    found = f"found {', '.join(foreign[:3])}" if foreign else "found none"
+    raise ModelError(f"{model_dir}: no *.safetensors files ({found}); only safetensors checkpoints are served")
