@@ -8,16 +8,21 @@
 #include <new>
 #include <utility>
 
+// Functions that several translation units with different ISA flags share must not be emitted out of line: the linker keeps one copy,
+// perhaps the one with instructions this machine lacks. So they are always inlined (here), or static; ISA-specific files call no
+// other inline functions, the standard library's templates included.
+#define AWQ_INLINE [[gnu::always_inline]] inline
+
 namespace awq_cpu {
 
 inline constexpr size_t kAlignment = 64;  // one cache line, and the widest vector
 
-inline constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+AWQ_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+AWQ_INLINE constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 enum class FloatType : uint8_t { kFloat32, kFloat16, kBFloat16 };
 
-inline constexpr size_t float_nbytes(FloatType type) { return type == FloatType::kFloat32 ? 4 : 2; }
+AWQ_INLINE constexpr size_t float_nbytes(FloatType type) { return type == FloatType::kFloat32 ? 4 : 2; }
 
 // An owned, 64-byte aligned, zeroed buffer. Move-only. Throws std::bad_alloc.
 class AlignedBuffer {
@@ -52,22 +57,22 @@ class AlignedBuffer {
   size_t nbytes_ = 0;
 };
 
-inline float bits_to_float(uint32_t bits) {
+AWQ_INLINE float bits_to_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof value);
   return value;
 }
 
-inline uint32_t float_to_bits(float value) {
+AWQ_INLINE uint32_t float_to_bits(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
   return bits;
 }
 
-inline float bfloat16_to_float(uint16_t bits) { return bits_to_float(static_cast<uint32_t>(bits) << 16); }
+AWQ_INLINE float bfloat16_to_float(uint16_t bits) { return bits_to_float(static_cast<uint32_t>(bits) << 16); }
 
 // IEEE binary16 to binary32, exact, subnormals and NaN included.
-inline float half_to_float(uint16_t half) {
+AWQ_INLINE float half_to_float(uint16_t half) {
   const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16;
   const uint32_t exponent = (half >> 10) & 31, mantissa = half & 0x3ff;
   if (exponent == 0) {
@@ -79,7 +84,7 @@ inline float half_to_float(uint16_t half) {
 }
 
 // binary32 to binary16, to nearest, ties to even; overflow becomes infinity.
-inline uint16_t float_to_half(float value) {
+AWQ_INLINE uint16_t float_to_half(float value) {
   uint32_t bits = float_to_bits(value);
   const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000);
   bits &= 0x7fffffff;
@@ -93,7 +98,7 @@ inline uint16_t float_to_half(float value) {
   return static_cast<uint16_t>(sign | (bits >> 13));
 }
 
-inline float load_float(const void* data, int64_t index, FloatType type) {
+AWQ_INLINE float load_float(const void* data, int64_t index, FloatType type) {
   switch (type) {
     case FloatType::kFloat16: {
       uint16_t half;

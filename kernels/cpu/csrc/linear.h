@@ -36,7 +36,7 @@ enum class ActivationMode : uint8_t {
 //
 // Rows go in tiles of 4; tile t starts at byte t * tile_stride and holds, each part at its offset:
 //   values  int8  [padded_k / 4][4 rows][4]    kInt8
-//           int16 [padded_k / 2][4 rows][2]    kInt16
+//           int16 [padded_k / 4][2][4 rows][2] kInt16: of every 4 channels the pairs (0, 2) and (1, 3)
 //           fp32  [k][4 rows]                  kFloat32
 //   scales  fp32  [num_blocks][4 rows]         value = integer * scale; NaN where the block holds a NaN or an infinity
 //   sums    fp32  [num_groups][4 rows]         sum over the group's blocks of scale * (sum of integers)
@@ -58,11 +58,11 @@ struct ActivationLayout {
   static ActivationLayout make(ActivationMode mode, int64_t k, int64_t group_size);
 
   // Bytes for `rows` rows; the buffer must be 64-byte aligned.
-  int64_t nbytes(int64_t rows) const { return ceil_div(rows, kTileRows) * tile_stride; }
-  bool operator==(const ActivationLayout& other) const {
+  AWQ_INLINE int64_t nbytes(int64_t rows) const { return ceil_div(rows, kTileRows) * tile_stride; }
+  AWQ_INLINE bool operator==(const ActivationLayout& other) const {
     return mode == other.mode && k == other.k && (mode == ActivationMode::kFloat32 || group_size == other.group_size);
   }
-  bool operator!=(const ActivationLayout& other) const { return !(*this == other); }
+  AWQ_INLINE bool operator!=(const ActivationLayout& other) const { return !(*this == other); }
 };
 
 // Writes rows [row_begin, row_end) into `packed`. Row r is read at x + (r - row_begin) * ldx, k fp32 values. Different rows may be
@@ -83,7 +83,7 @@ enum class WeightType : uint8_t {
 // A packed weight. Movable; the kernels read it only. Layout of one panel (16 columns; see linear_pack.cpp):
 //   kInt4:  scales 16-bit [num_groups][16], zeros uint8 [num_groups][16], padding to 64 bytes,
 //           then per 8 channels two 32-byte vectors (8 columns x 4 bytes each): low nibbles are channels 0..3, high ones 4..7
-//   kInt8:  scales fp32 [num_groups][16], then int8 [padded_k / 4][2][8 columns][4 channels]; channels 1 and 2 of each 4 swapped
+//   kInt8:  scales fp32 [num_groups][16], padding to 64 bytes, then int8 [padded_k / 4][2][8 columns][4 channels]
 //   kFloat: [k][16]
 struct PackedLinear {
   WeightType type = WeightType::kFloat;
