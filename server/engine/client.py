@@ -99,9 +99,9 @@ class EngineClient:
     `launch(epoch)` starts an engine. Messages of another epoch than the current one are dropped.
     """
 
-    def __init__(self, launch: Callable[[int], EngineHandle], observer: EngineObserver | None = None) -> None:
+    def __init__(self, launch: Callable[[int], EngineHandle]) -> None:
         self._launch = launch
-        self._observer = observer
+        self.observer: EngineObserver | None = None  # set by the composition root once EngineInfo is known
         self._epoch = 0
         self._state = EngineState.STARTING
         self._failure = "the engine has not started"
@@ -147,8 +147,8 @@ class EngineClient:
         self._mailboxes[request.request_id] = mailbox
         self._unfinished.add(request.request_id)
         self._idle.clear()
-        if self._observer is not None:
-            self._observer.on_submit(request)
+        if self.observer is not None:
+            self.observer.on_submit(request)
         self._outbox.put(request)
 
     def abort(self, request_id: str, reason: AbortReason) -> None:
@@ -257,8 +257,8 @@ class EngineClient:
                 mailbox.put(event)
         if not self._unfinished:
             self._idle.set()
-        if self._observer is not None:
-            self._observer.on_step(output)
+        if self.observer is not None:
+            self.observer.on_step(output)
 
     def _on_failure(self, failure: EngineFailure) -> None:
         self._failure = failure.error
@@ -286,5 +286,5 @@ class EngineClient:
             error = "the engine stopped before the request was finished"
             mailbox.put(TokenEvent(request_id, [], finish_reason=FinishReason.ERROR, error=error))
         self._idle.set()
-        if lost and self._observer is not None:
-            self._observer.on_lost(lost)
+        if lost and self.observer is not None:
+            self.observer.on_lost(lost)

@@ -1,0 +1,77 @@
+"""The FastAPI application: routes, error shapes, and an OpenAPI document of the bodies that are really accepted."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.openapi.utils import get_openapi
+from pydantic.json_schema import models_json_schema
+from starlette.responses import Response
+
+from server.api import chat, completions, ops
+from server.api.context import ApiContext
+from server.api.errors import HANDLERS
+from server.api.schemas import ChatRequest, CompletionRequest, Schema
+from server.api.sse import ClientGone
+
+_Handler = Callable[[Request, ApiContext], Awaitable[Response]]
+
+_CLIENT_CLOSED_REQUEST = 499  # nginx's number; the client is not there to read it
+
+
+def create_app(context: ApiContext) -> FastAPI:
+    # No /docs pages: they load their scripts from outside.
+    app = FastAPI(
+        title="awq-serve", version=context.version, docs_url=None, redoc_url=None, exception_handlers=HANDLERS
+    )
+    app.state.context = context
+
+    def route(method: str, path: str, handler: _Handler, schema: type[Schema] | None = None) -> None:
+        async def endpoint(request: Request) -> Response:
+            try:
+                return await handler(request, context)
+            except ClientGone:
+                return Response(status_code=_CLIENT_CLOSED_REQUEST)
+
+        extra = None if schema is None else {"requestBody": _request_body(schema)}
+        app.add_api_route(
+            path,
+            endpoint,
+            methods=[method],
+            name=handler.__name__,
+            description=handler.__doc__ or "",
+            openapi_extra=extra,
+            response_model=None,
+        )
+
+    route("POST", "/v1/completions", completions.create_completion, CompletionRequest)
+    route("POST", "/v1/chat/completions", chat.create_chat_completion, ChatRequest)
+    route("GET", "/v1/models", ops.list_models)
+    route("GET", "/v1/models/{model:path}", ops.get_model)
+    route("GET", "/live", ops.live)
+    route("GET", "/health", ops.health)
+    route("GET", "/ready", ops.health)
+    route("GET", "/metrics", ops.metrics)
+    route("GET", "/version", ops.version)
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    return app
+
+
+def _request_body(schema: type[Schema]) -> dict[str, Any]:
+    reference = {"$ref": f"#/components/schemas/{schema.__name__}"}
+    return {"required": True, "content": {"application/json": {"schema": reference}}}
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """The document that FastAPI makes of the routes, with the request schemas, which the handlers read themselves."""
+    if app.openapi_schema is None:
+        document = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        _, definitions = models_json_schema(
+            [(CompletionRequest, "validation"), (ChatRequest, "validation")],
+            ref_template="#/components/schemas/{model}",
+        )
+        document.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])
+        app.openapi_schema = document
+    return app.openapi_schema

@@ -1,0 +1,111 @@
+"""Errors as OpenAI's clients expect them: {"error": {"message", "type", "param", "code"}}."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import JSONResponse
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+
+from server.engine.client import EngineUnavailable
+
+_MAX_REPORTED_ERRORS = 10
+_MAX_SHOWN_INPUT = 100  # characters
+
+# Schemas give the branches of their unions tags with this prefix, so that the paths of errors can leave them out.
+BRANCH_PREFIX = "@"
+
+
+class RequestError(Exception):
+    """A request that cannot be served as it is. `param` names the field, `code` is a word that programs can test."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.status = status
+        self.param = param
+        self.code = code
+        self.headers = headers
+
+
+def error_body(message: str, status: int, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    kind = "invalid_request_error" if status < 500 else "service_unavailable" if status == 503 else "server_error"
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def error_response(error: RequestError) -> JSONResponse:
+    body = error_body(error.message, error.status, error.param, error.code)
+    return JSONResponse(body, status_code=error.status, headers=error.headers)
+
+
+def unavailable(reason: str) -> RequestError:
+    return RequestError(reason, status=503, code="engine_unavailable", headers={"Retry-After": "5"})
+
+
+def from_validation_error(error: ValidationError) -> RequestError:
+    """One line per wrong field, each with its path, what is wrong, and the value where it is short."""
+    lines = []
+    params = []
+    for detail in error.errors(include_url=False)[:_MAX_REPORTED_ERRORS]:
+        path = [str(part) for part in detail["loc"] if not str(part).startswith(BRANCH_PREFIX)]
+        params.append(".".join(path))
+        lines.append(_describe(detail, params[-1]))
+    return RequestError("; ".join(dict.fromkeys(lines)), param=params[0] or None, code=None)
+
+
+def _describe(detail: Any, path: str) -> str:
+    if detail["type"] == "json_invalid":
+        return f"the body is not valid JSON: {detail['ctx']['error']}"
+    if detail["type"] == "extra_forbidden":
+        return f"{path}: unknown or unsupported field"
+    message = detail["msg"][:1].lower() + detail["msg"][1:]
+    line = f"{path}: {message}" if path else f"body: {message}"
+    value = detail.get("input")
+    if detail["type"] == "missing" or isinstance(value, dict | list):
+        return line
+    shown = repr(value)
+    return f"{line} (got {shown[:_MAX_SHOWN_INPUT]}{'...' if len(shown) > _MAX_SHOWN_INPUT else ''})"
+
+
+async def on_request_error(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestError)
+    return error_response(error)
+
+
+async def on_unavailable(_: Request, error: Exception) -> JSONResponse:
+    return error_response(unavailable(str(error)))
+
+
+async def on_http_error(request: Request, error: Exception) -> JSONResponse:
+    """What the router answers by itself: unknown routes and methods."""
+    assert isinstance(error, HTTPException)
+    message, code = str(error.detail), None
+    if error.status_code == 404:
+        message, code = f"unknown route: {request.method} {request.url.path}", "unknown_url"
+    elif error.status_code == 405:
+        message, code = f"{request.method} is not allowed for {request.url.path}", "method_not_allowed"
+    body = error_body(message, error.status_code, None, code)
+    return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+
+
+async def on_exception(_: Request, error: Exception) -> JSONResponse:
+    """A fault of ours: the traceback goes to the log, nothing of it to the client."""
+    return JSONResponse(error_body("internal error", 500, None, "internal_error"), status_code=500)
+
+
+HANDLERS: dict[Any, Any] = {
+    RequestError: on_request_error,
+    EngineUnavailable: on_unavailable,
+    HTTPException: on_http_error,
+    Exception: on_exception,
+}

@@ -1,0 +1,165 @@
+"""Runs a `GenerationJob` on the engine: fans prompts out into choices, turns events into text, stops at stop strings."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from server.api.context import ApiContext
+from server.api.errors import RequestError
+from server.api.parse import GenerationJob, PromptJob
+from server.api.responses import PromptTokensDetails, Usage
+from server.engine.client import EngineClient, Mailbox
+from server.text import Detokenizer, StopStrings, Tokenizer
+from server.types import AbortReason, FinishReason, GenerateRequest, TokenEvent
+
+
+@dataclass(slots=True)
+class Delta:
+    """What a choice gained since its last delta. Read the choice's state before asking for more deltas."""
+
+    choice: Choice
+    text: str
+    token_ids: list[int]
+
+
+class Choice:
+    """One output: index and prompt, and what is known of it so far."""
+
+    def __init__(
+        self, index: int, request_id: str, prompt: PromptJob, job: GenerationJob, tokenizer: Tokenizer
+    ) -> None:
+        self.index = index
+        self.request_id = request_id
+        self.prompt = prompt
+        self.num_tokens = 0
+        self.num_cached_tokens = 0
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: int | str | None = None
+        self._sampling = job.sampling
+        self._include_stop = job.include_stop
+        self._detokenizer = Detokenizer(tokenizer, prompt.token_ids, job.skip_special_tokens)
+        self._stop_strings = StopStrings(job.stop_strings, job.include_stop)
+
+    def accept(self, event: TokenEvent) -> Delta:
+        """The delta that an event makes. A stop string ends the choice at the token that completes it; the rest is dropped."""
+        self.num_cached_tokens = event.num_cached_tokens
+        text = ""
+        for position, token_id in enumerate(event.token_ids):
+            self.num_tokens += 1
+            is_stop_token = event.stop_token_id is not None and position == len(event.token_ids) - 1
+            if not is_stop_token or self._include_stop:
+                text += self._show(self._detokenizer.feed((token_id,)))
+            if self._stop_strings.matched is not None:
+                return self._finish(FinishReason.STOP, text, event.token_ids[: position + 1])
+        if event.finish_reason is None:
+            return Delta(self, text, event.token_ids)
+        text += self._show(self._detokenizer.finish())
+        if event.stop_token_id in self._sampling.stop_token_ids:
+            self.stop_reason = event.stop_token_id
+        return self._finish(event.finish_reason, text + self._stop_strings.finish(), event.token_ids)
+
+    def _show(self, piece: str) -> str:
+        """Text past the stop strings; those do not count in the first `min_tokens` tokens."""
+        if self.num_tokens <= self._sampling.min_tokens:
+            return piece
+        return self._stop_strings.feed(piece)
+
+    def _finish(self, reason: FinishReason, text: str, token_ids: list[int]) -> Delta:
+        self.finish_reason = reason
+        if self._stop_strings.matched is not None:
+            self.finish_reason = FinishReason.STOP
+            self.stop_reason = self._stop_strings.matched
+        return Delta(self, text, token_ids)
+
+
+class Generation:
+    """All choices of one HTTP request. Choice `prompt_index * n + i` is the i-th of its prompt.
+
+    `start` submits, `deltas` yields until all choices are finished, and `close` aborts what is not: call it however the
+    response ends.
+    """
+
+    def __init__(self, job: GenerationJob, context: ApiContext, id_prefix: str) -> None:
+        self.job = job
+        self.id = f"{id_prefix}-{uuid.uuid4().hex}"
+        self.created = int(time.time())
+        self._engine: EngineClient = context.engine
+        self._mailbox = Mailbox()
+        self.choices = [
+            Choice(
+                prompt_index * job.num_choices + choice_index,
+                f"{self.id}-{prompt_index}-{choice_index}",
+                prompt,
+                job,
+                context.tokenizer,
+            )
+            for prompt_index, prompt in enumerate(job.prompts)
+            for choice_index in range(job.num_choices)
+        ]
+        self._unfinished = {choice.request_id: choice for choice in self.choices if choice.prompt.max_tokens > 0}
+
+    def start(self) -> None:
+        """Raises EngineUnavailable when the engine takes no requests."""
+        arrival = time.monotonic()
+        for choice in self._unfinished.values():
+            prompt_index, choice_index = divmod(choice.index, self.job.num_choices)
+            request = GenerateRequest(
+                choice.request_id,
+                choice.prompt.token_ids,
+                self.job.sampling_of(choice.prompt, choice_index),
+                arrival,
+                group_id=f"{self.id}-{prompt_index}" if self.job.num_choices > 1 else "",
+                cache_key=self.job.cache_key,
+            )
+            self._engine.submit(request, self._mailbox)
+
+    async def deltas(self) -> AsyncIterator[list[Delta]]:
+        """What each wake-up brings: one delta per choice, of one step, or of more when the reader is slower than the engine.
+
+        Raises RequestError 500 when a choice fails.
+        """
+        for choice in self.choices:
+            if choice.request_id not in self._unfinished:  # nothing to generate: echo alone
+                choice.finish_reason = FinishReason.LENGTH
+                yield [Delta(choice, "", [])]
+        while self._unfinished:
+            deltas: dict[str, Delta] = {}
+            for event in await self._mailbox.get():
+                if event.request_id not in self._unfinished:  # it ended at a stop string while this event was under way
+                    continue
+                choice = self._unfinished[event.request_id]
+                if event.finish_reason is FinishReason.ERROR:
+                    raise RequestError(event.error or "the engine failed", status=500, code="engine_error")
+                delta = choice.accept(event)
+                earlier = deltas.setdefault(event.request_id, delta)
+                if earlier is not delta:
+                    earlier.text += delta.text
+                    earlier.token_ids = earlier.token_ids + delta.token_ids
+                if choice.finish_reason is not None:
+                    del self._unfinished[choice.request_id]
+                    if event.finish_reason is None:
+                        self._engine.abort(choice.request_id, AbortReason.STOP_STRING)
+            if deltas:
+                yield list(deltas.values())
+
+    def close(self) -> None:
+        """Abort whatever still runs: the client has gone, or another choice failed."""
+        for request_id in self._unfinished:
+            self._engine.abort(request_id, AbortReason.CLIENT)
+        self._unfinished = {}
+
+    def usage(self) -> Usage:
+        """Prompt tokens count once per prompt, delivered tokens once per choice."""
+        firsts = self.choices[:: self.job.num_choices]
+        num_prompt_tokens = sum(len(choice.prompt.token_ids) for choice in firsts)
+        num_completion_tokens = sum(choice.num_tokens for choice in self.choices)
+        num_cached_tokens = sum(choice.num_cached_tokens for choice in firsts)
+        return Usage(
+            num_prompt_tokens,
+            num_completion_tokens,
+            num_prompt_tokens + num_completion_tokens,
+            PromptTokensDetails(num_cached_tokens),
+        )

@@ -1,0 +1,242 @@
+"""From a request body to a `GenerationJob`. Past this point every field is valid and every prompt fits the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from pydantic import ValidationError
+from starlette.requests import ClientDisconnect, Request
+
+from server.api.chat_template import ChatTemplateError
+from server.api.context import ApiContext
+from server.api.errors import RequestError, from_validation_error
+from server.api.schemas import ChatRequest, CompletionRequest, GenerationFields, Schema
+from server.api.sse import ClientGone
+from server.types import SamplingParams
+
+DEFAULT_COMPLETION_TOKENS = 16
+MIN_TEMPERATURE = 0.01  # of those above 0: dividing logits by less overflows and says no more than greedy does
+
+_Schema = TypeVar("_Schema", bound=Schema)
+
+
+@dataclass(frozen=True, slots=True)
+class PromptJob:
+    """One prompt. With `max_tokens` 0 there is nothing to generate. `echo_text` goes before the output's text."""
+
+    token_ids: list[int]
+    max_tokens: int
+    echo_text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationJob:
+    """What a request asks for, whichever endpoint it came by. `sampling.max_tokens` is replaced by each prompt's."""
+
+    model: str
+    prompts: list[PromptJob]
+    num_choices: int  # per prompt
+    sampling: SamplingParams
+    stop_strings: tuple[str, ...]
+    include_stop: bool  # in the output's text: the stop string, or the text of the stop token
+    skip_special_tokens: bool
+    cache_key: str
+    stream: bool
+    include_usage: bool
+    continuous_usage: bool
+    return_token_ids: bool
+
+    def sampling_of(self, prompt: PromptJob, choice: int) -> SamplingParams:
+        seed = self.sampling.seed
+        if seed is not None:
+            seed = (seed + choice) % 2**63
+        return replace(self.sampling, max_tokens=prompt.max_tokens, seed=seed)
+
+
+async def read_body(request: Request, schema: type[_Schema], max_bytes: int) -> _Schema:
+    """The body as `schema`. Raises RequestError: 415, 413, or 400 naming the fields that are wrong."""
+    content_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if content_type != "application/json" and not (
+        content_type.startswith("application/") and content_type.endswith("+json")
+    ):
+        raise RequestError(
+            f"Content-Type must be application/json (got {content_type or 'none'})",
+            status=415,
+            code="unsupported_media_type",
+        )
+    declared = request.headers.get("content-length", "")
+    too_large = RequestError(f"the request body is larger than {max_bytes} bytes", status=413, code="request_too_large")
+    if declared.isdecimal() and int(declared) > max_bytes:
+        raise too_large
+    body = bytearray()
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > max_bytes:
+                raise too_large
+    except ClientDisconnect:
+        raise ClientGone from None
+    try:
+        return schema.model_validate_json(bytes(body))
+    except ValidationError as error:
+        raise from_validation_error(error) from None
+
+
+async def parse_completion(body: CompletionRequest, context: ApiContext) -> GenerationJob:
+    model = context.model_name(body.model)
+    token_ids, texts = await _tokenize_prompts(body, context)
+    max_tokens = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+    if max_tokens == 0 and not body.echo:
+        raise RequestError("max_tokens: must be at least 1 without echo (got 0)", param="max_tokens")
+    prompts = []
+    for index, ids in enumerate(token_ids):
+        limit = _room(ids, context, needs_output=max_tokens > 0)
+        echo_text = ""
+        if body.echo:
+            echo_text = texts[index] if texts is not None else context.tokenizer.decode(ids)
+        prompts.append(PromptJob(ids, min(max_tokens, limit), echo_text))
+    return _job(body, context, model, prompts, max_tokens)
+
+
+async def parse_chat(body: ChatRequest, context: ApiContext) -> GenerationJob:
+    model = context.model_name(body.model)
+    if context.chat_template is None:
+        raise RequestError(
+            f"The model `{model}` has no chat template; use /v1/completions, or start the server with --chat-template",
+            param="messages",
+        )
+    messages = [
+        {"role": message.role, "content": message.text()} | ({} if message.name is None else {"name": message.name})
+        for message in body.messages
+    ]
+    add_generation_prompt = body.add_generation_prompt is not False
+    try:
+        text = context.chat_template.render(messages, add_generation_prompt, body.chat_template_kwargs)
+    except ChatTemplateError as error:
+        raise RequestError(str(error), param="messages") from None
+    _refuse_longer_text([text], context, "messages")
+    [ids] = await context.tokenizer.encode_all([text], add_special_tokens=False)
+    if not ids:
+        raise RequestError("messages: the chat template makes an empty prompt of them", param="messages")
+    limit = _room(ids, context, needs_output=True, param="messages")
+    asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    if asked is None:
+        asked = context.defaults.max_new_tokens or limit
+    return _job(body, context, model, [PromptJob(ids, min(asked, limit))], asked)
+
+
+async def _tokenize_prompts(body: CompletionRequest, context: ApiContext) -> tuple[list[list[int]], list[str] | None]:
+    """The prompts' token ids, and their texts where they came as text."""
+    texts, id_lists = _split_prompt(body.prompt)
+    if texts is not None:
+        _refuse_longer_text(texts, context, "prompt")
+        id_lists = await context.tokenizer.encode_all(texts, body.add_special_tokens is not False)
+        if not all(id_lists):
+            raise RequestError("prompt: must not be empty: this model adds no token of its own", param="prompt")
+        return id_lists, texts
+    for ids in id_lists:
+        _refuse_unknown_ids(ids, context, "prompt")
+    return id_lists, None
+
+
+def _split_prompt(prompt: str | list[str] | list[int] | list[list[int]]) -> tuple[list[str] | None, list[list[int]]]:
+    """The prompt as several texts, or else as several lists of token ids. Lists are of one kind: the schema's."""
+    if isinstance(prompt, str):
+        return [prompt], []
+    if isinstance(prompt[0], str):
+        return prompt, []
+    if isinstance(prompt[0], int):
+        return None, [prompt]
+    return None, prompt
+
+
+def _refuse_unknown_ids(token_ids: list[int], context: ApiContext, param: str) -> None:
+    highest = max(token_ids, default=-1)
+    if highest >= context.vocab_size:
+        raise RequestError(
+            f"{param}: token id {highest} is outside the vocabulary of {context.vocab_size}", param=param
+        )
+
+
+def _refuse_longer_text(texts: list[str], context: ApiContext, param: str) -> None:
+    """Refuse text that cannot fit without tokenizing it, which would take seconds for megabytes."""
+    for text in texts:
+        if len(text) <= 8 * context.max_model_len:
+            continue
+        least = len(text) // context.tokenizer.max_token_characters
+        if least > context.max_model_len:
+            raise _too_long(f"at least {least}", context.max_model_len, param)
+
+
+def _room(ids: list[int], context: ApiContext, needs_output: bool, param: str = "prompt") -> int:
+    """How many tokens can follow the prompt. Raises RequestError when it does not fit, with room for one if asked for."""
+    room = context.max_model_len - len(ids)
+    if room < 0:
+        raise _too_long(str(len(ids)), context.max_model_len, param)
+    if room == 0 and needs_output:
+        raise RequestError(
+            f"This model's maximum context length is {context.max_model_len} tokens. However, your prompt contains "
+            f"{len(ids)} input tokens, which leaves no room for output tokens. Please reduce the length of the input prompt.",
+            param=param,
+            code="context_length_exceeded",
+        )
+    return room
+
+
+def _too_long(num_tokens: str, max_model_len: int, param: str) -> RequestError:
+    # vLLM's words: clients look for "maximum context length".
+    return RequestError(
+        f"This model's maximum context length is {max_model_len} tokens. However, your prompt contains {num_tokens} input "
+        "tokens, which exceeds this limit even without any output tokens. Please reduce the length of the input prompt.",
+        param=param,
+        code="context_length_exceeded",
+    )
+
+
+def _job(
+    body: GenerationFields, context: ApiContext, model: str, prompts: list[PromptJob], max_tokens: int
+) -> GenerationJob:
+    stream = bool(body.stream)
+    if body.stream_options is not None and not stream:
+        raise RequestError("stream_options: only allowed when stream is true", param="stream_options")
+    options = body.stream_options
+    stop = [] if body.stop is None else [body.stop] if isinstance(body.stop, str) else body.stop
+    return GenerationJob(
+        model=model,
+        prompts=prompts,
+        num_choices=body.n or 1,
+        sampling=_sampling(body, context, max_tokens),
+        stop_strings=tuple(dict.fromkeys(stop)),
+        include_stop=bool(body.include_stop_str_in_output),
+        skip_special_tokens=body.skip_special_tokens is not False,
+        cache_key=body.cache_salt or "",
+        stream=stream,
+        include_usage=options is not None and bool(options.include_usage or options.continuous_usage_stats),
+        continuous_usage=options is not None and bool(options.continuous_usage_stats),
+        return_token_ids=bool(body.return_token_ids),
+    )
+
+
+def _sampling(body: GenerationFields, context: ApiContext, max_tokens: int) -> SamplingParams:
+    """The request's values where it has them, the model's defaults else."""
+    defaults = context.defaults
+    temperature = defaults.temperature if body.temperature is None else body.temperature
+    top_k = defaults.top_k if body.top_k is None else body.top_k
+    min_tokens = body.min_tokens or 0
+    if min_tokens > max_tokens:
+        raise RequestError(
+            f"min_tokens: must be at most max_tokens ({max_tokens}) (got {min_tokens})", param="min_tokens"
+        )
+    _refuse_unknown_ids(body.stop_token_ids or [], context, "stop_token_ids")
+    return SamplingParams(
+        max_tokens=max_tokens,
+        min_tokens=min_tokens,
+        temperature=max(temperature, MIN_TEMPERATURE) if temperature > 0 else 0.0,
+        top_p=defaults.top_p if body.top_p is None else body.top_p,
+        top_k=max(top_k, 0),
+        min_p=defaults.min_p if body.min_p is None else body.min_p,
+        seed=body.seed,
+        stop_token_ids=tuple(dict.fromkeys(body.stop_token_ids or ())),
+        ignore_eos=bool(body.ignore_eos),
+    )

@@ -1,0 +1,207 @@
+"""Request bodies. Strict: a field is honoured, or it is refused by name; values that change nothing are accepted.
+
+Fields have OpenAI's names, and vLLM's for what OpenAI's API lacks.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, WithJsonSchema
+from pydantic_core import PydanticCustomError
+
+from server.api.errors import BRANCH_PREFIX
+
+MAX_PROMPTS = 1024
+MAX_CHOICES_PER_PROMPT = 128
+MAX_STOP_STRINGS = 16
+MAX_STOP_LENGTH = 1024
+MAX_STOP_TOKEN_IDS = 1024
+
+
+class Schema(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def _only(*values: Any) -> tuple[AfterValidator, WithJsonSchema]:
+    """For fields that clients send although this server has no such feature: the values that ask for nothing."""
+    shown = " or ".join(json.dumps(value) for value in values)
+
+    def check(value: Any) -> Any:
+        if not any(value == allowed and isinstance(value, bool) == isinstance(allowed, bool) for allowed in values):
+            raise PydanticCustomError("unsupported", "not supported; leave it out or send {shown}", {"shown": shown})
+        return value
+
+    return AfterValidator(check), WithJsonSchema({"enum": list(values), "description": "Not supported."})
+
+
+OnlyNull = Annotated[Any, *_only(None)]
+OnlyFalse = Annotated[Any, *_only(None, False)]
+OnlyTrue = Annotated[Any, *_only(None, True)]
+OnlyBool = Annotated[Any, *_only(None, True, False)]
+OnlyZero = Annotated[Any, *_only(None, 0)]
+OnlyOne = Annotated[Any, *_only(None, 1)]
+OnlyEmptyString = Annotated[Any, *_only(None, "")]
+OnlyEmptyList = Annotated[Any, *_only(None, [])]
+OnlyEmptyObject = Annotated[Any, *_only(None, {})]
+
+
+def _branch(value: Any) -> str | None:
+    """Which branch of a union a JSON value is for; its first element decides for a list."""
+    if isinstance(value, str):
+        return BRANCH_PREFIX + "text"
+    if not isinstance(value, list):
+        return None
+    first = value[0] if value else ""
+    if isinstance(first, bool):
+        return None
+    kinds = {str: "texts", int: "ids", list: "id lists", dict: "parts"}
+    kind = next((name for kind, name in kinds.items() if isinstance(first, kind)), None)
+    return None if kind is None else BRANCH_PREFIX + kind
+
+
+def _union(message: str) -> Discriminator:
+    return Discriminator(_branch, custom_error_type="wrong_type", custom_error_message=message)
+
+
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Prompt = Annotated[
+    Annotated[str, Tag("@text")]
+    | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS), Tag("@texts")]
+    | Annotated[list[TokenId], Field(min_length=1), Tag("@ids")]
+    | Annotated[
+        list[Annotated[list[TokenId], Field(min_length=1)]],
+        Field(min_length=1, max_length=MAX_PROMPTS),
+        Tag("@id lists"),
+    ],
+    _union("must be a string, a list of strings, a list of token ids, or a list of lists of token ids"),
+]
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+Stop = Annotated[
+    Annotated[StopString, Tag("@text")]
+    | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS), Tag("@texts")]
+    | Annotated[None, Tag("@null")],
+    Discriminator(
+        lambda value: "@null" if value is None else _branch(value),
+        custom_error_type="wrong_type",
+        custom_error_message="must be a string or a list of strings",
+    ),
+]
+
+
+class StreamOptions(Schema):
+    include_usage: bool | None = Field(None, description="A last chunk without choices carries the usage.")
+    continuous_usage_stats: bool | None = Field(None, description="Every chunk carries the usage so far.")
+
+
+class GenerationFields(Schema):
+    """What completions and chat have in common."""
+
+    model: str | None = Field(None, description="A served model's name; null is the server's.")
+    temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy; from 0 to 0.01 counts as 0.01.")
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1, le=2**31 - 1, description="0 and -1 are off.")
+    min_p: float | None = Field(None, ge=0, le=1)
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1, description="Choice i of a prompt uses seed + i.")
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES_PER_PROMPT)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    stop: Stop = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    min_tokens: int | None = Field(None, ge=0, le=2**31 - 1)
+    skip_special_tokens: bool | None = None
+    return_token_ids: bool | None = None
+    cache_salt: str | None = Field(
+        None, max_length=1024, description="Prompts share cached blocks only within one salt."
+    )
+    user: str | None = Field(None, description="Accepted for compatibility; identifies your user to you.")
+
+    presence_penalty: OnlyZero = None
+    frequency_penalty: OnlyZero = None
+    repetition_penalty: OnlyOne = None
+    length_penalty: OnlyOne = None
+    logit_bias: OnlyEmptyObject = None
+    allowed_token_ids: OnlyNull = None
+    bad_words: OnlyEmptyList = None
+    prompt_logprobs: OnlyNull = None
+    truncate_prompt_tokens: OnlyNull = None
+    use_beam_search: OnlyFalse = None
+    spaces_between_special_tokens: OnlyTrue = None
+    priority: OnlyZero = None
+
+
+class CompletionRequest(GenerationFields):
+    prompt: Prompt = Field(description="One prompt, or several; text or token ids.")
+    max_tokens: int | None = Field(None, ge=0, le=2**31 - 1, description="16 unless given; 0 only with echo.")
+    echo: bool | None = None
+    add_special_tokens: bool | None = Field(None, description="Whether the tokenizer may add its own (BOS); true.")
+
+    best_of: OnlyOne = None
+    suffix: OnlyEmptyString = None
+    logprobs: OnlyNull = None
+    response_format: OnlyNull = None
+
+
+class TextPart(Schema):
+    type: Literal["text"]
+    text: str
+
+
+Content = Annotated[
+    Annotated[str, Tag("@text")] | Annotated[list[TextPart], Tag("@parts")],
+    Discriminator(
+        lambda value: "@parts" if value == [] else _branch(value),
+        custom_error_type="wrong_type",
+        custom_error_message="must be a string or a list of text parts",
+    ),
+]
+
+
+class Message(Schema):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Content
+    name: str | None = None
+
+    # What clients send back of an assistant's message.
+    refusal: OnlyNull = None
+    annotations: OnlyEmptyList = None
+    audio: OnlyNull = None
+    function_call: OnlyNull = None
+    tool_calls: OnlyEmptyList = None
+
+    def text(self) -> str:
+        """The content as one string."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class ChatRequest(GenerationFields):
+    messages: list[Message] = Field(min_length=1)
+    max_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="The rest of the context unless given.")
+    max_completion_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="Goes before max_tokens.")
+    add_generation_prompt: bool | None = Field(
+        None, description="Whether the prompt ends where an answer begins; true."
+    )
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="More variables for the chat template.")
+
+    logprobs: OnlyFalse = None
+    top_logprobs: OnlyZero = None
+    tools: OnlyEmptyList = None
+    tool_choice: Annotated[Any, *_only(None, "none", "auto")] = None
+    parallel_tool_calls: OnlyBool = None
+    functions: OnlyEmptyList = None
+    function_call: Annotated[Any, *_only(None, "none", "auto")] = None
+    response_format: Annotated[Any, *_only(None, {"type": "text"})] = None
+    modalities: Annotated[Any, *_only(None, ["text"])] = None
+    audio: OnlyNull = None
+    prediction: OnlyNull = None
+    reasoning_effort: OnlyNull = None
+    chat_template: OnlyNull = None
+    continue_final_message: OnlyFalse = None
+    echo: OnlyFalse = None
+    add_special_tokens: OnlyFalse = None
+    store: OnlyFalse = None
+    metadata: OnlyEmptyObject = None
+    service_tier: Annotated[Any, *_only(None, "auto", "default")] = None

@@ -1,0 +1,205 @@
+"""Text at the edge: prompts to token ids, token ids to text as they come, and stop strings found on the way.
+
+Everything beyond this module and the API speaks token ids only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+
+import tokenizers
+from tokenizers.decoders import DecodeStream
+
+_REPLACEMENT = "\ufffd"  # what decoders show for bytes that are no character (yet)
+
+# Text up to this many characters is tokenized on the event loop: a few milliseconds at most. Longer text goes to a thread,
+# where the tokenizer runs without the interpreter lock.
+_INLINE_CHARACTERS = 8_192
+
+# How many of a prompt's last tokens may serve as left context of the output's text.
+_MIN_CONTEXT = 4
+_MAX_CONTEXT = 24
+
+
+class Tokenizer:
+    """A checkpoint's `tokenizer.json`."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
+        tokenizer.no_truncation()  # files carry training settings that would silently cut prompts
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+        self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenize")
+
+    @classmethod
+    def from_directory(cls, directory: Path) -> Tokenizer:
+        """Raises ValueError naming the file when it is missing or not a tokenizer."""
+        path = directory / "tokenizer.json"
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file")
+        try:
+            return cls(tokenizers.Tokenizer.from_file(str(path)))
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"{path}: not a tokenizer: {error}") from error
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """One more than the highest token id."""
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    @cached_property
+    def max_token_characters(self) -> int:
+        """Characters of the longest token: a text of c characters has at least c / this many tokens."""
+        return max((len(token) for token in self._tokenizer.get_vocab(with_added_tokens=True)), default=1)
+
+    @cached_property
+    def byte_token_ids(self) -> frozenset[int]:
+        """Tokens that stand for one byte each (byte fallback), empty where the decoder has none.
+
+        Their text depends on the whole run of such tokens: one bad byte and the decoder shows every byte of the run as
+        U+FFFD, so no part of a run can be shown before its end.
+        """
+        ids = {value: self._tokenizer.token_to_id(f"<0x{value:02X}>") for value in range(256)}
+        if ids[0x41] is None or self._tokenizer.decode([ids[0x41]], skip_special_tokens=False) != "A":
+            return frozenset()
+        return frozenset(token_id for token_id in ids.values() if token_id is not None)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
+    async def encode_all(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
+        """Token ids of each text, without keeping the event loop from others for long."""
+        if sum(map(len, texts)) <= _INLINE_CHARACTERS:
+            return [self.encode(text, add_special_tokens) for text in texts]
+        loop = asyncio.get_running_loop()
+        return [await loop.run_in_executor(self._pool, self.encode, text, add_special_tokens) for text in texts]
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def new_stream(self, context: Sequence[int], skip_special_tokens: bool) -> DecodeStream:
+        return DecodeStream(ids=list(context), skip_special_tokens=skip_special_tokens)
+
+    def step(self, stream: DecodeStream, token_ids: Sequence[int]) -> str | None:
+        return stream.step(self._tokenizer, list(token_ids))
+
+
+class Detokenizer:
+    """The text of one output, piece by piece.
+
+    The pieces' concatenation equals `whole()`: the decoding of prompt and output less that of the prompt, so that an output
+    keeps the space that parts it from its prompt. No piece ends inside a character.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], skip_special_tokens: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
+        self._context = self._clean_context(prompt_token_ids)
+        self._context_length = len(self._decode(self._context))
+        self._stream: DecodeStream | None = tokenizer.new_stream(self._context, skip_special_tokens)
+        self._token_ids: list[int] = []
+        self._byte_run: list[int] = []  # byte tokens not yet given to the stream
+        self._num_emitted = 0  # characters
+        self._is_behind = False  # the last token has not shown in the text
+
+    def feed(self, token_ids: Sequence[int]) -> str:
+        """The text that these tokens complete; often one token's, sometimes none."""
+        byte_token_ids = self._tokenizer.byte_token_ids
+        text = ""
+        for token_id in token_ids:
+            self._token_ids.append(token_id)
+            if token_id in byte_token_ids:
+                self._byte_run.append(token_id)
+                self._is_behind = True
+            else:
+                text += self._advance([*self._byte_run, token_id] if self._byte_run else [token_id])
+        self._num_emitted += len(text)
+        return text
+
+    def finish(self) -> str:
+        """What `feed` held back, an incomplete character included, as the whole decoding shows it."""
+        if not self._is_behind:
+            return ""
+        rest = self.whole()[self._num_emitted :]
+        self._num_emitted += len(rest)
+        self._is_behind = False
+        return rest
+
+    def whole(self) -> str:
+        return self._decode([*self._context, *self._token_ids])[self._context_length :]
+
+    def _advance(self, token_ids: list[int]) -> str:
+        self._byte_run = []
+        text: str | None = None
+        if self._stream is not None:
+            try:
+                text = self._tokenizer.step(self._stream, token_ids)
+            except Exception:  # a bare Exception: the decoder changed text that the stream had given out already
+                self._stream = None
+        if self._stream is None:
+            rest = self.whole()[self._num_emitted :]
+            text = None if rest.endswith(_REPLACEMENT) else rest
+        self._is_behind = not text
+        return text or ""
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(token_ids, self._skip_special_tokens)
+
+    def _clean_context(self, prompt_token_ids: Sequence[int]) -> list[int]:
+        """The prompt's shortest tail of some tokens that ends in whole characters; empty when there is none."""
+        if prompt_token_ids and prompt_token_ids[-1] in self._tokenizer.byte_token_ids:
+            return []
+        longest = min(_MAX_CONTEXT, len(prompt_token_ids))
+        for length in range(min(_MIN_CONTEXT, longest), longest + 1):
+            tail = list(prompt_token_ids[len(prompt_token_ids) - length :])
+            if _REPLACEMENT not in self._decode(tail):
+                return tail
+        return []
+
+
+class StopStrings:
+    """Finds the first stop string in text that comes in pieces, however it is cut, and never lets part of it out.
+
+    First is the one whose last character comes first; of those that end together, the longest.
+    """
+
+    def __init__(self, stop_strings: Sequence[str], include_in_output: bool = False) -> None:
+        assert all(stop_strings), "an empty stop string matches everywhere"
+        self._stop_strings = tuple(stop_strings)
+        self._include_in_output = include_in_output
+        self._held = ""  # could be the start of a stop string
+        self.matched: str | None = None
+
+    def feed(self, piece: str) -> str:
+        """The text that is certainly output. Once `matched` is set there is no more."""
+        if not self._stop_strings:
+            return piece
+        if self.matched is not None:
+            return ""
+        text = self._held + piece
+        matches = [(start + len(stop), start, stop) for stop in self._stop_strings if (start := text.find(stop)) >= 0]
+        if matches:
+            end, start, self.matched = min(matches)
+            self._held = ""
+            return text[: end if self._include_in_output else start]
+        num_held = self._num_held(text)
+        self._held = text[len(text) - num_held :]
+        return text[: len(text) - num_held]
+
+    def finish(self) -> str:
+        """The text held back: the output has ended without completing a stop string."""
+        held, self._held = self._held, ""
+        return held
+
+    def _num_held(self, text: str) -> int:
+        """Length of the longest end of `text` that a stop string starts with."""
+        longest = 0
+        for stop in self._stop_strings:
+            for length in range(min(len(stop) - 1, len(text)), longest, -1):
+                if stop[length - 1] == text[-1] and text.endswith(stop[:length]):
+                    longest = length
+                    break
+        return longest
