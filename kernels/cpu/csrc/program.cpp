@@ -1,0 +1,209 @@
+#include "program.h"
+
+#include <algorithm>
+#include <chrono>
+#include <stdexcept>
+
+namespace awq_cpu {
+namespace {
+
+[[noreturn]] void fail(const char* buffer, int64_t entry, int64_t value, int64_t low, int64_t high) {
+  throw std::out_of_range(std::string(buffer) + "[" + std::to_string(entry) + "]: expected " + std::to_string(low) + ".." +
+                          std::to_string(high) + ", found " + std::to_string(value));
+}
+
+void check_range(const char* name, const int32_t* values, int64_t n, int64_t limit) {
+  for (int64_t i = 0; i < n; ++i)
+    if (values[i] < 0 || values[i] >= limit) fail(name, i, values[i], 0, limit - 1);
+}
+
+// Rows [4 * tile, ...) of `rows`, `count` of them.
+void write_packed(const RowOutput& out, const float* rows, int64_t ldx, int64_t first_row, int64_t count) {
+  for (const auto& packed : out.packed) quantize_rows(packed.layout, rows, ldx, first_row, first_row + count, packed.data);
+}
+
+// Calls make_row(row, destination) for all rows, tile by tile: into the dense output, or into scratch and then packed.
+template <class MakeRow>
+void for_each_row(RunContext& context, int64_t num_rows, const RowOutput& out, MakeRow&& make_row) {
+  const int64_t num_tiles = ceil_div(num_rows, kTileRows);
+  context.pool.parallel_for(num_tiles, context.pool.even_chunk(num_tiles), [&](int64_t begin, int64_t end, int thread) {
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t first = tile * kTileRows, count = std::min(kTileRows, num_rows - first);
+      float* rows = out.dense != nullptr ? out.dense + first * out.width : context.scratch(thread);
+      for (int64_t r = 0; r < count; ++r) make_row(first + r, rows + r * out.width);
+      write_packed(out, rows, out.width, first, count);
+    }
+  });
+}
+
+}  // namespace
+
+const OpsTable& current_ops() {
+  // No op here gains from AVX-512 what its linears do; the AVX2 code serves both.
+#if defined(__x86_64__) && !defined(AWQ_CPU_GENERIC_ONLY)
+  if (current_isa() != "generic") return ops_avx2();
+#endif
+  return ops_generic();
+}
+
+float* Program::shared_rows(size_t num_floats) {
+  if (num_floats > shared_floats_) {  // earlier ops keep their pointers: buffers are added, never freed
+    shared_buffers_.emplace_back(num_floats * sizeof(float));
+    shared_floats_ = num_floats;
+  }
+  return reinterpret_cast<float*>(shared_buffers_.back().data());
+}
+
+void Program::check(const Counts& counts) const {
+  const auto check_count = [](const char* name, int64_t value, int64_t limit) {
+    if (value < 0 || value > limit)
+      throw std::out_of_range(std::string(name) + ": expected 0.." + std::to_string(limit) + ", found " + std::to_string(value));
+  };
+  check_count("num_tokens", counts.num_tokens, limits.num_op_rows);
+  if (batch_.counts == nullptr) return;  // ops on rows alone
+  check_count("num_tokens", counts.num_tokens, batch_.max_tokens);
+  check_count("num_sequences", counts.num_sequences, batch_.max_sequences);
+  check_count("num_rows", counts.num_rows, batch_.max_rows);
+  if (limits.vocab_size) check_range("input_ids", batch_.input_ids, counts.num_tokens, limits.vocab_size);
+  if (limits.max_position) check_range("positions", batch_.positions, counts.num_tokens, limits.max_position);
+  if (limits.num_slots) check_range("slot_mapping", batch_.slot_mapping, counts.num_tokens, limits.num_slots);
+  if (limits.picks_rows) check_range("logit_rows", batch_.logit_rows, counts.num_rows, counts.num_tokens);
+  if (limits.attends) check_sequences(counts);
+}
+
+void Program::check_sequences(const Counts& counts) const {
+  if (batch_.query_starts[0] != 0) fail("query_starts", 0, batch_.query_starts[0], 0, 0);
+  for (int64_t s = 0; s < counts.num_sequences; ++s) {
+    const int64_t begin = batch_.query_starts[s], end = batch_.query_starts[s + 1], length = batch_.seq_lens[s];
+    if (end < begin || end > counts.num_tokens) fail("query_starts", s + 1, end, begin, counts.num_tokens);
+    const int64_t most = batch_.max_blocks * limits.block_size;
+    if (length < end - begin || length > most) fail("seq_lens", s, length, end - begin, most);
+    for (int64_t t = begin; t < end; ++t) {  // attention goes by the lengths, rotation by the positions: they must agree
+      const int64_t position = length - end + t;
+      if (batch_.positions[t] != position) fail("positions", t, batch_.positions[t], position, position);
+    }
+    const int32_t* table = batch_.block_tables + s * batch_.max_blocks;
+    const int64_t num_blocks = ceil_div(length, limits.block_size);
+    for (int64_t i = 0; i < num_blocks; ++i)
+      if (table[i] < 0 || table[i] >= limits.num_blocks)
+        fail(("block_tables[" + std::to_string(s) + "]").c_str(), i, table[i], 0, limits.num_blocks - 1);
+  }
+  const int64_t covered = batch_.query_starts[counts.num_sequences];
+  if (covered != counts.num_tokens) fail("query_starts", counts.num_sequences, covered, counts.num_tokens, counts.num_tokens);
+}
+
+void Program::run(const Counts& counts) {
+  std::lock_guard<std::mutex> lock(pool_->mutex());
+  pool_->check_process();
+  check(counts);
+  pool_->wake();
+  if (scratch_buffers_.size() != static_cast<size_t>(pool_->num_threads()) ||
+      scratch_buffers_[0].nbytes() < scratch_floats_ * sizeof(float)) {
+    scratch_buffers_.clear();
+    for (int i = 0; i < pool_->num_threads(); ++i) scratch_buffers_.emplace_back(scratch_floats_ * sizeof(float));
+  }
+  plans_.clear();
+  RunContext context{*pool_, current_ops(), batch_, counts, scratch_buffers_, plans_, partials_};
+  if (!profiling) {
+    for (auto& op : ops_) op->run(context);
+    return;
+  }
+  for (auto& op : ops_) {
+    const auto start = std::chrono::steady_clock::now();
+    op->run(context);
+    seconds_by_kind[op->kind] += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  }
+}
+
+Counts Program::run_batch() {
+  const Counts counts{batch_.counts[0], batch_.counts[1], batch_.counts[2]};
+  run(counts);
+  return counts;
+}
+
+void EmbedOp::run(RunContext& context) {
+  context.pool.parallel_for(context.counts.num_tokens, 16, [&](int64_t begin, int64_t end, int) {
+    for (int64_t t = begin; t < end; ++t)
+      context.ops.embed_row(table + context.batch.input_ids[t] * width, type, width, out + t * width);
+  });
+}
+
+void NormOp::run(RunContext& context) {
+  const int64_t n = out.width;
+  for_each_row(context, context.counts.num_tokens, out, [&](int64_t row, float* to) {
+    context.ops.norm_row(x + row * n, residual != nullptr ? residual + row * n : nullptr, weight, eps, offset, n, total + row * n,
+                         to);
+  });
+}
+
+void ActivationOp::run(RunContext& context) {
+  const int64_t n = out.width;
+  for_each_row(context, context.counts.num_tokens, out, [&](int64_t row, float* to) {
+    context.ops.act_and_mul_row(gate_up + row * 2 * n, gate_up + row * 2 * n + n, activation, n, to);
+  });
+}
+
+void QuantizeOp::run(RunContext& context) {
+  const int64_t num_rows = context.counts.num_tokens, num_tiles = ceil_div(num_rows, kTileRows);
+  context.pool.parallel_for(num_tiles, context.pool.even_chunk(num_tiles), [&](int64_t begin, int64_t end, int) {
+    const int64_t first = begin * kTileRows, last = std::min(end * kTileRows, num_rows);
+    write_packed(out, x + first * out.width, out.width, first, last - first);
+  });
+}
+
+void run_parts(RunContext& context, const std::vector<LinearPart>& parts, int64_t num_rows, float* y, int64_t ldy) {
+  if (num_rows == 0) return;
+  int64_t num_panels = 0;
+  for (const auto& part : parts) num_panels += part.weight->num_panels;
+  context.pool.parallel_for(num_panels, context.pool.even_chunk(num_panels), [&](int64_t begin, int64_t end, int) {
+    int64_t first = 0;  // of the part's panels, counted over all parts
+    for (const auto& part : parts) {
+      const int64_t panel_begin = std::max(begin - first, int64_t{0}), panel_end = std::min(end - first, part.weight->num_panels);
+      if (panel_begin < panel_end)
+        linear_run(*part.weight, part.input, num_rows, y + part.first_column, ldy, panel_begin, panel_end);
+      first += part.weight->num_panels;
+    }
+  });
+}
+
+void LinearOp::run(RunContext& context) { run_parts(context, parts, context.counts.num_tokens, y, ldy); }
+
+void RopeOp::run(RunContext& context) {
+  const int64_t qkv_width = static_cast<int64_t>(row.num_heads + 2 * row.num_kv_heads) * row.head_dim;
+  const int64_t q_width = static_cast<int64_t>(row.num_heads) * row.head_dim;
+  const int64_t chunk = std::max<int64_t>(8, context.pool.even_chunk(context.counts.num_tokens));
+  context.pool.parallel_for(context.counts.num_tokens, chunk, [&](int64_t begin, int64_t end, int) {
+    RopeRow token = row;
+    token.kv = &kv;
+    for (int64_t t = begin; t < end; ++t) {
+      token.qkv = qkv + t * qkv_width;
+      token.q = q + t * q_width;
+      token.slot = context.batch.slot_mapping[t];
+      if (cos != nullptr) {
+        const int64_t at = static_cast<int64_t>(context.batch.positions[t]) * row.rotary_half;
+        token.cos = cos + at;
+        token.sin = sin + at;
+      }
+      context.ops.rope_row(token);
+    }
+  });
+}
+
+void LogitsOp::run(RunContext& context) {
+  const int64_t num_rows = context.counts.num_rows;
+  for_each_row(context, num_rows, gathered, [&](int64_t row, float* to) {
+    std::memcpy(to, hidden + context.batch.logit_rows[row] * gathered.width, gathered.width * sizeof(float));
+  });
+  run_parts(context, parts, num_rows, y, ldy);
+  if (soft_cap <= 0.0f) return;
+  constexpr int64_t kColumns = 4096;
+  const int64_t per_row = ceil_div(ldy, kColumns);
+  context.pool.parallel_for(num_rows * per_row, 1, [&](int64_t begin, int64_t end, int) {
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t column = unit % per_row * kColumns;
+      context.ops.soft_cap(y + unit / per_row * ldy + column, std::min(kColumns, ldy - column), soft_cap);
+    }
+  });
+}
+
+}  // namespace awq_cpu
