@@ -241,8 +241,8 @@ def _write(buffer: Tensor, values: Sequence[int] | Sequence[float]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class SampledRows:
-    """What `Backend.sample` returns: token ids int32 [num_rows], and whether every logit of the row was finite, bool [num_rows].
-    A row that is not finite has an arbitrary token."""
+    """What `Backend.sample` returns: token ids int32 [num_rows], and whether the row can be trusted, bool [num_rows]: no NaN,
+    no +inf, and not everything -inf (which is how tokens are masked). Otherwise its token is arbitrary."""
 
     token_ids: Tensor
     finite: Tensor

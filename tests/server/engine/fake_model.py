@@ -1,0 +1,128 @@
+"""An engine around a model made of arithmetic: its "keys" are digests of (token, position), and the token it samples is a digest
+of exactly the keys that the batch's block tables and lengths point at. A wrong slot, length, block or cached prefix changes the
+output, so comparing with `expected_output` checks scheduler, block manager and batch together, without weights."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+
+import torch
+
+from kernels.backend import ForwardBatch
+from server.engine.batch import fill_forward_batch
+from server.engine.block_manager import BlockManager
+from server.engine.engine import Engine
+from server.engine.scheduler import SampledToken, ScheduledBatch, Scheduler
+from server.types import EngineInfo, FinishReason, GenerateRequest, SamplingParams, TokenEvent
+
+VOCABULARY = 997
+
+
+def key_of(token: int, position: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{token}:{position}".encode()).digest()[:6], "big")
+
+
+def sample(keys: list[int]) -> int:
+    return int.from_bytes(hashlib.sha256(repr(keys).encode()).digest()[:6], "big") % VOCABULARY
+
+
+def expected_output(prompt: list[int], max_tokens: int) -> list[int]:
+    """What the model answers, computed from the tokens alone."""
+    tokens = list(prompt)
+    for _ in range(max_tokens):
+        tokens.append(sample([key_of(token, position) for position, token in enumerate(tokens)]))
+    return tokens[len(prompt) :]
+
+
+class FakeRunner:
+    """Reads and writes a pool of keys through the real `ForwardBatch`."""
+
+    def __init__(
+        self, num_blocks: int, block_size: int, max_tokens: int, max_num_seqs: int, max_model_len: int
+    ) -> None:
+        self.block_size = block_size
+        self.keys = [-1] * (num_blocks * block_size)
+        max_blocks = -(-max_model_len // block_size)
+        self.batch = ForwardBatch.allocate(max_tokens, max_num_seqs, max_blocks, max_num_seqs, torch.device("cpu"))
+        self.largest_batch = 0
+
+    def launch(self, scheduled: ScheduledBatch) -> list[SampledToken]:
+        batch = self.batch
+        fill_forward_batch(batch, scheduled, self.block_size)
+        num_tokens, num_sequences, num_rows = batch.counts.tolist()
+        self.largest_batch = max(self.largest_batch, num_tokens)
+        for token in range(num_tokens):
+            slot = int(batch.slot_mapping[token])
+            self.keys[slot] = key_of(int(batch.input_ids[token]), int(batch.positions[token]))
+        ends = batch.query_starts.tolist()
+        row_of_end = {ends[sequence + 1] - 1: sequence for sequence in range(num_sequences)}
+        sampled = []
+        for row in batch.logit_rows[:num_rows].tolist():
+            sequence = row_of_end[row]
+            table, size = batch.block_tables[sequence].tolist(), self.block_size
+            length = int(batch.seq_lens[sequence])
+            keys = [self.keys[table[position // size] * size + position % size] for position in range(length)]
+            sampled.append(SampledToken(sample(keys)))
+        return sampled
+
+    def collect(self, handle: list[SampledToken]) -> list[SampledToken]:
+        return handle
+
+
+def make_engine(
+    num_blocks: int = 64,
+    block_size: int = 4,
+    max_num_batched_tokens: int = 32,
+    max_num_seqs: int = 8,
+    max_model_len: int = 64,
+    enable_prefix_caching: bool = True,
+    eos_token_ids: frozenset[int] = frozenset(),
+) -> Engine:
+    manager = BlockManager(num_blocks, block_size, enable_prefix_caching)
+    scheduler = Scheduler(manager, max_num_seqs, max_num_batched_tokens, max_model_len, eos_token_ids)
+    runner = FakeRunner(num_blocks, block_size, max_num_batched_tokens, max_num_seqs, max_model_len)
+    info = EngineInfo(0, max_model_len, num_blocks, block_size, "fake")
+    return Engine(scheduler, runner, info, seed=0)  # type: ignore[arg-type]
+
+
+def request(
+    request_id: str, prompt: list[int], max_tokens: int, group_id: str = "", **sampling: object
+) -> GenerateRequest:
+    params = SamplingParams(max_tokens=max_tokens, temperature=0.0, **sampling)  # type: ignore[arg-type]
+    return GenerateRequest(request_id, prompt, params, time.monotonic(), group_id=group_id)
+
+
+def run_to_end(
+    engine: Engine, on_step: Callable[[int], None] = lambda step: None, max_steps: int = 20_000
+) -> dict[str, list[TokenEvent]]:
+    """Steps until idle, checking the pool after every step. Returns each request's events."""
+    events: dict[str, list[TokenEvent]] = {}
+    step = 0
+    on_step(step)
+    while engine.has_work():
+        assert step < max_steps, "the engine makes no progress"
+        output = engine.step()
+        engine.scheduler.block_manager.check()
+        stats = output.stats
+        assert stats.num_used_blocks + stats.num_cached_blocks <= stats.num_blocks
+        for event in output.events:
+            events.setdefault(event.request_id, []).append(event)
+        step += 1
+        on_step(step)
+    counts = engine.scheduler.block_manager.counts
+    assert counts.used == 0, f"blocks leaked: {counts}"
+    return events
+
+
+def tokens_of(events: list[TokenEvent]) -> list[int]:
+    return [token for event in events for token in event.token_ids]
+
+
+def reason_of(events: list[TokenEvent]) -> FinishReason:
+    reasons = [event.finish_reason for event in events if event.finish_reason is not None]
+    assert len(reasons) == 1 and events[-1].finish_reason is not None, (
+        "a request ends exactly once, with its last event"
+    )
+    return reasons[0]

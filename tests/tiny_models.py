@@ -1,0 +1,80 @@
+"""Tiny random checkpoints of every supported architecture, made by transformers, and what transformers answers with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    # Far larger than real models': small random ones repeat themselves otherwise, and then prove nothing.
+    "initializer_range": 0.25,
+}
+
+TINY_MODELS: dict[str, tuple[type, dict[str, Any]]] = {
+    "llama": (transformers.LlamaConfig, {"tie_word_embeddings": True}),
+    "llama-untied-biased": (
+        transformers.LlamaConfig,
+        {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True, "head_dim": 24},
+    ),
+    "mistral": (transformers.MistralConfig, {"sliding_window": 20, "tie_word_embeddings": False}),
+    "qwen2": (
+        transformers.Qwen2Config,
+        {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1, "tie_word_embeddings": True},
+    ),
+    "qwen3": (transformers.Qwen3Config, {"head_dim": 32, "tie_word_embeddings": True}),
+}
+
+
+def make_tiny_model(
+    directory: Path, kind: str, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any
+) -> Path:
+    """Writes a checkpoint of `kind` (a key of TINY_MODELS) with random weights, biases and norms included."""
+    config_class, options = TINY_MODELS[kind]
+    max_shard_size = overrides.pop("max_shard_size", "5GB")
+    config = config_class(**{**_COMMON, **options, **overrides})
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):
+                parameter.normal_(0, 0.5)
+            elif "norm" in name:
+                parameter.normal_(1, 0.2)
+    model.to(dtype).save_pretrained(directory, max_shard_size=max_shard_size)
+    return directory
+
+
+def load_reference(directory: Path) -> torch.nn.Module:
+    """The checkpoint in transformers, fp32, eager attention."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager"
+    )
+    return model.eval()
+
+
+@torch.no_grad()
+def reference_logits(model: torch.nn.Module, token_ids: list[int]) -> Tensor:
+    return model(torch.tensor([token_ids])).logits[0].float()
+
+
+@torch.no_grad()
+def reference_greedy(model: torch.nn.Module, prompt: list[int], num_tokens: int) -> list[int]:
+    """Greedy continuation, the whole sequence computed anew at each step: no cache to be wrong."""
+    tokens = list(prompt)
+    for _ in range(num_tokens):
+        tokens.append(int(reference_logits(model, tokens)[-1].argmax()))
+    return tokens[len(prompt) :]
