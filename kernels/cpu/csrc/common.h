@@ -48,9 +48,9 @@ class AlignedBuffer {
   AlignedBuffer& operator=(const AlignedBuffer&) = delete;
   ~AlignedBuffer() { std::free(data_); }
 
-  uint8_t* data() { return data_; }
-  const uint8_t* data() const { return data_; }
-  size_t nbytes() const { return nbytes_; }
+  AWQ_INLINE uint8_t* data() { return data_; }
+  AWQ_INLINE const uint8_t* data() const { return data_; }
+  AWQ_INLINE size_t nbytes() const { return nbytes_; }
 
  private:
   uint8_t* data_ = nullptr;

@@ -1,0 +1,625 @@
+// The AVX2 variant (with FMA and F16C).
+//
+// int8 activations x int4 weights is the kernel that matters. Weights are the unsigned operand of vpmaddubsw, activations the signed
+// one: a pair of products is at most 2 * 15 * 127 = 3810, so nothing saturates, and 8 of them (32 channels) fit in 16 bits. Then the
+// 16-bit sums are widened and multiplied by the activation's scale, once per 32 channels; the zero point and the weight's scale come in
+// once per group. The inner 32 channels are inline assembly: compilers spill the 13 to 16 live registers, which costs a third.
+//
+// int16 activations go through vpmaddwd, with int4 or int8 weights widened to 16 bits in a buffer in L1.
+#include <immintrin.h>
+
+#include "linear_kernels.h"
+
+namespace awq_cpu {
+namespace {
+
+// ---- activation quantization ----
+
+AWQ_INLINE uint32_t horizontal_max(__m256i v) {
+  __m128i m = _mm_max_epu32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0x4e));
+  m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0xb1));
+  return static_cast<uint32_t>(_mm_cvtsi128_si32(m));
+}
+
+AWQ_INLINE int32_t horizontal_sum(__m256i v) {
+  __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1));
+  return _mm_cvtsi128_si32(s);
+}
+
+// Largest magnitude as bits: as integers, NaN > infinity > all finite values, so none can hide.
+AWQ_INLINE uint32_t largest_magnitude(const float* x, int64_t count) {
+  const __m256i mask = _mm256_set1_epi32(0x7fffffff);
+  __m256i largest = _mm256_setzero_si256();
+  for (int64_t i = 0; i < count; i += 8)
+    largest = _mm256_max_epu32(largest, _mm256_and_si256(mask, _mm256_castps_si256(_mm256_loadu_ps(x + i))));
+  return horizontal_max(largest);
+}
+
+AWQ_INLINE __m256i to_integers(const float* x, __m256 inverse) {
+  return _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x), inverse));
+}
+
+// Quantizes 32 channels to 8 dwords of 4 bytes.
+AWQ_INLINE float quantize_block_int8(const float* x, __m256i* out, int32_t* sum) {
+  const BlockScale block = block_scale(largest_magnitude(x, 32), 127.0f);
+  if (block.inverse == 0.0f) {  // 0 times an infinity would be NaN, whose conversion is not 0
+    *out = _mm256_setzero_si256();
+    *sum = 0;
+    return block.scale;
+  }
+  const __m256 inverse = _mm256_set1_ps(block.inverse);
+  const __m256i a = to_integers(x, inverse), b = to_integers(x + 8, inverse), c = to_integers(x + 16, inverse),
+                d = to_integers(x + 24, inverse);
+  *sum = horizontal_sum(_mm256_add_epi32(_mm256_add_epi32(a, b), _mm256_add_epi32(c, d)));
+  const __m256i packed = _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
+  *out = _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+  return block.scale;
+}
+
+// Quantizes `size` channels to size / 2 dwords of 2 x 16 bits, in the order (0, 2), (1, 3) of every 4 channels.
+AWQ_INLINE float quantize_block_int16(const float* x, int64_t size, __m256i* out, int32_t* sum) {
+  const BlockScale block = block_scale(largest_magnitude(x, size), 32767.0f);
+  if (block.inverse == 0.0f) {
+    for (int64_t i = 0; i < size / 16; ++i) out[i] = _mm256_setzero_si256();
+    *sum = 0;
+    return block.scale;
+  }
+  const __m256 inverse = _mm256_set1_ps(block.inverse);
+  const __m256i swap = _mm256_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15, 0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13,
+                                        10, 11, 14, 15);
+  __m256i total = _mm256_setzero_si256();
+  for (int64_t i = 0; i < size / 16; ++i) {
+    const __m256i a = to_integers(x + i * 16, inverse), b = to_integers(x + i * 16 + 8, inverse);
+    total = _mm256_add_epi32(total, _mm256_add_epi32(a, b));
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8);
+    out[i] = _mm256_shuffle_epi8(packed, swap);
+  }
+  *sum = horizontal_sum(total);
+  return block.scale;
+}
+
+// Rows in a tile are interleaved dword by dword. Spreads one row's 8 dwords,
+AWQ_INLINE void spread(__m256i dwords, uint8_t* out) {
+  alignas(32) int32_t values[8];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(values), dwords);
+  for (int i = 0; i < 8; ++i) std::memcpy(out + i * 16, values + i, 4);
+}
+
+// or those of all four rows.
+AWQ_INLINE void interleave(__m256i r0, __m256i r1, __m256i r2, __m256i r3, uint8_t* out) {
+  const __m256i a = _mm256_unpacklo_epi32(r0, r1), b = _mm256_unpackhi_epi32(r0, r1);
+  const __m256i c = _mm256_unpacklo_epi32(r2, r3), d = _mm256_unpackhi_epi32(r2, r3);
+  const __m256i e = _mm256_unpacklo_epi64(a, c), f = _mm256_unpackhi_epi64(a, c);  // dwords 0 | 4, 1 | 5
+  const __m256i g = _mm256_unpacklo_epi64(b, d), h = _mm256_unpackhi_epi64(b, d);  // dwords 2 | 6, 3 | 7
+  auto* target = reinterpret_cast<__m256i*>(out);
+  _mm256_store_si256(target + 0, _mm256_permute2x128_si256(e, f, 0x20));
+  _mm256_store_si256(target + 1, _mm256_permute2x128_si256(g, h, 0x20));
+  _mm256_store_si256(target + 2, _mm256_permute2x128_si256(e, f, 0x31));
+  _mm256_store_si256(target + 3, _mm256_permute2x128_si256(g, h, 0x31));
+}
+
+// Channels [begin, begin + size) of a group that has `count` left, zero-padded into `buffer` where there are too few.
+AWQ_INLINE const float* padded_block(const float* x, int64_t count, int64_t size, float* buffer) {
+  if (count >= size) return x;
+  for (int64_t i = 0; i < size; ++i) buffer[i] = i < count ? x[i] : 0.0f;
+  return buffer;
+}
+
+// Quantizes rows [lane, lane + kRows) of one tile; kRows is 1 or 4.
+template <int kRows, bool kWide>
+void quantize_tile(const ActivationLayout& layout, const float* x, int64_t ldx, int64_t lane, uint8_t* tile) {
+  auto* scales = reinterpret_cast<float*>(tile + layout.scales_offset) + lane;
+  auto* sums = reinterpret_cast<float*>(tile + layout.sums_offset) + lane;
+  const int64_t size = kWide ? layout.block_size : 32;
+  const int64_t block_nbytes = size * kTileRows * (kWide ? 2 : 1);
+  alignas(32) float buffer[128];
+  __m256i dwords[kRows][kWide ? 8 : 1];
+  for (int64_t group = 0; group < layout.num_groups; ++group) {
+    float group_sum[kRows] = {};
+    for (int64_t b = 0; b < layout.blocks_per_group; ++b) {
+      const int64_t block = group * layout.blocks_per_group + b;
+      for (int r = 0; r < kRows; ++r) {
+        const float* source = padded_block(x + r * ldx + group * layout.group_size + b * size, layout.group_size - b * size, size, buffer);
+        int32_t sum;
+        const float scale = kWide ? quantize_block_int16(source, size, dwords[r], &sum) : quantize_block_int8(source, dwords[r], &sum);
+        scales[block * kTileRows + r] = scale;
+        group_sum[r] = __builtin_fmaf(scale, static_cast<float>(sum), group_sum[r]);
+      }
+      uint8_t* target = tile + block * block_nbytes;
+      for (int64_t i = 0; i < (kWide ? size / 16 : 1); ++i) {
+        if constexpr (kRows == 4)
+          interleave(dwords[0][i], dwords[1][i], dwords[2][i], dwords[3][i], target + i * 128);
+        else
+          spread(dwords[0][i], target + i * 128 + lane * 4);
+      }
+    }
+    for (int r = 0; r < kRows; ++r) sums[group * kTileRows + r] = group_sum[r];
+  }
+}
+
+template <int kRows>
+void copy_tile(const ActivationLayout& layout, const float* x, int64_t ldx, int64_t lane, uint8_t* tile) {
+  int64_t i = 0;
+  for (; i + 8 <= layout.k; i += 8) {
+    __m256i rows[kRows];
+    for (int r = 0; r < kRows; ++r) rows[r] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + r * ldx + i));
+    if constexpr (kRows == 4)
+      interleave(rows[0], rows[1], rows[2], rows[3], tile + i * 16);
+    else
+      spread(rows[0], tile + i * 16 + lane * 4);
+  }
+  for (; i < layout.k; ++i)
+    for (int r = 0; r < kRows; ++r) reinterpret_cast<float*>(tile)[i * kTileRows + lane + r] = x[r * ldx + i];
+}
+
+template <int kRows>
+void quantize_any(const ActivationLayout& layout, const float* x, int64_t ldx, int64_t lane, uint8_t* tile) {
+  switch (layout.mode) {
+    case ActivationMode::kInt8: return quantize_tile<kRows, false>(layout, x, ldx, lane, tile);
+    case ActivationMode::kInt16: return quantize_tile<kRows, true>(layout, x, ldx, lane, tile);
+    case ActivationMode::kFloat32: return copy_tile<kRows>(layout, x, ldx, lane, tile);
+  }
+}
+
+void quantize_rows_avx2(const ActivationLayout& layout, const float* x, int64_t ldx, int64_t row_begin, int64_t row_end, void* packed) {
+  int64_t row = row_begin;
+  while (row < row_end) {
+    uint8_t* tile = static_cast<uint8_t*>(packed) + row / kTileRows * layout.tile_stride;
+    const float* source = x + (row - row_begin) * ldx;
+    const bool whole = row % kTileRows == 0 && row + kTileRows <= row_end;
+    if (whole)
+      quantize_any<4>(layout, source, ldx, 0, tile);
+    else
+      quantize_any<1>(layout, source, ldx, row % kTileRows, tile);
+    row += whole ? kTileRows : 1;
+  }
+}
+
+// ---- inner products in assembly ----
+// Each macro handles one broadcast dword of one row against two weight vectors (16 columns). T is the operand name of the row's sums.
+
+#define AWQ_FIRST(multiply, add, offset, T)            \
+  "vpbroadcastd " offset "(%[a]), %[x]\n"              \
+  multiply " %[x], %[w0], %[" T "0]\n"                 \
+  multiply " %[x], %[w1], %[" T "1]\n"
+#define AWQ_NEXT(multiply, add, offset, T)             \
+  "vpbroadcastd " offset "(%[a]), %[x]\n"              \
+  multiply " %[x], %[w0], %[t0]\n"                     \
+  multiply " %[x], %[w1], %[t1]\n"                     \
+  add " %[t0], %[" T "0], %[" T "0]\n"                 \
+  add " %[t1], %[" T "1], %[" T "1]\n"
+#define AWQ_ROWS_1(OP, multiply, add, o) OP(multiply, add, o "+0", "A")
+#define AWQ_ROWS_2(OP, multiply, add, o) AWQ_ROWS_1(OP, multiply, add, o) OP(multiply, add, o "+4", "B")
+#define AWQ_ROWS_3(OP, multiply, add, o) AWQ_ROWS_2(OP, multiply, add, o) OP(multiply, add, o "+8", "C")
+#define AWQ_ROWS_4(OP, multiply, add, o) AWQ_ROWS_3(OP, multiply, add, o) OP(multiply, add, o "+12", "D")
+
+// One step of 4 channels (int8) or 2 (int16) from weights already unpacked.
+#define AWQ_STEP(ROWS, OP, multiply, add, weights, activations) \
+  "vmovdqa " weights "(%[w]), %[w0]\n"                          \
+  "vmovdqa " weights "+32(%[w]), %[w1]\n"                       \
+  ROWS(OP, multiply, add, activations)
+#define AWQ_INT8(ROWS, OP, weights, activations) AWQ_STEP(ROWS, OP, "vpmaddubsw", "vpaddw", weights, activations)
+#define AWQ_INT16(ROWS, weights, activations) AWQ_STEP(ROWS, AWQ_NEXT, "vpmaddwd", "vpaddd", weights, activations)
+
+#define AWQ_INT8_BLOCK(ROWS)                                                       \
+  AWQ_INT8(ROWS, AWQ_FIRST, "0", "0") AWQ_INT8(ROWS, AWQ_NEXT, "64", "16")         \
+  AWQ_INT8(ROWS, AWQ_NEXT, "128", "32") AWQ_INT8(ROWS, AWQ_NEXT, "192", "48")      \
+  AWQ_INT8(ROWS, AWQ_NEXT, "256", "64") AWQ_INT8(ROWS, AWQ_NEXT, "320", "80")      \
+  AWQ_INT8(ROWS, AWQ_NEXT, "384", "96") AWQ_INT8(ROWS, AWQ_NEXT, "448", "112")
+
+#define AWQ_INT16_BLOCK(ROWS)                                                      \
+  AWQ_INT16(ROWS, "0", "0") AWQ_INT16(ROWS, "64", "16") AWQ_INT16(ROWS, "128", "32") AWQ_INT16(ROWS, "192", "48") \
+  AWQ_INT16(ROWS, "256", "64") AWQ_INT16(ROWS, "320", "80") AWQ_INT16(ROWS, "384", "96") AWQ_INT16(ROWS, "448", "112")
+
+// Two steps of 4 channels straight from packed nibbles.
+#define AWQ_NIBBLES(ROWS, OP, weights, low, high)      \
+  "vmovdqa " weights "(%[w]), %[v0]\n"                 \
+  "vmovdqa " weights "+32(%[w]), %[v1]\n"              \
+  "prefetcht0 " weights "+2048(%[w])\n"                \
+  "vpand %[v0], %[mask], %[w0]\n"                      \
+  "vpand %[v1], %[mask], %[w1]\n"                      \
+  "vpsrlw $4, %[v0], %[v0]\n"                          \
+  "vpsrlw $4, %[v1], %[v1]\n"                          \
+  ROWS(OP, "vpmaddubsw", "vpaddw", low)                \
+  "vpand %[v0], %[mask], %[w0]\n"                      \
+  "vpand %[v1], %[mask], %[w1]\n"                      \
+  ROWS(AWQ_NEXT, "vpmaddubsw", "vpaddw", high)
+
+#define AWQ_NIBBLE_BLOCK(ROWS)                                                                           \
+  AWQ_NIBBLES(ROWS, AWQ_FIRST, "0", "0", "16") AWQ_NIBBLES(ROWS, AWQ_NEXT, "64", "32", "48")             \
+  AWQ_NIBBLES(ROWS, AWQ_NEXT, "128", "64", "80") AWQ_NIBBLES(ROWS, AWQ_NEXT, "192", "96", "112")
+
+#define AWQ_SUMS_1(c) [A0] c(s[0][0]), [A1] c(s[0][1])
+#define AWQ_SUMS_2(c) AWQ_SUMS_1(c), [B0] c(s[1][0]), [B1] c(s[1][1])
+#define AWQ_SUMS_3(c) AWQ_SUMS_2(c), [C0] c(s[2][0]), [C1] c(s[2][1])
+#define AWQ_SUMS_4(c) AWQ_SUMS_3(c), [D0] c(s[3][0]), [D1] c(s[3][1])
+
+template <int kRows>
+struct Block;
+
+// s: the sums [row][8 columns each]. w, a: the block's weights and activations; see the panel and tile layouts.
+#define AWQ_DEFINE_BLOCK(n)                                                                                                     \
+  template <>                                                                                                                   \
+  struct Block<n> {                                                                                                             \
+    AWQ_INLINE static void int8_unpacked(const uint8_t* w, const uint8_t* a, __m256i (&s)[n][2]) {                              \
+      __m256i w0, w1, x, t0, t1;                                                                                                \
+      asm volatile(AWQ_INT8_BLOCK(AWQ_ROWS_##n)                                                                                 \
+                   : AWQ_SUMS_##n("=&x"), [w0] "=&x"(w0), [w1] "=&x"(w1), [x] "=&x"(x), [t0] "=&x"(t0), [t1] "=&x"(t1)          \
+                   : [w] "r"(w), [a] "r"(a)                                                                                     \
+                   : "memory");                                                                                                 \
+    }                                                                                                                           \
+    AWQ_INLINE static void int8_nibbles(const uint8_t* w, const uint8_t* a, __m256i mask, __m256i (&s)[n][2]) {                 \
+      __m256i w0, w1, v0, v1, x, t0, t1;                                                                                        \
+      asm volatile(AWQ_NIBBLE_BLOCK(AWQ_ROWS_##n)                                                                               \
+                   : AWQ_SUMS_##n("=&x"), [w0] "=&x"(w0), [w1] "=&x"(w1), [v0] "=&x"(v0), [v1] "=&x"(v1), [x] "=&x"(x),         \
+                     [t0] "=&x"(t0), [t1] "=&x"(t1)                                                                             \
+                   : [w] "r"(w), [a] "r"(a), [mask] "x"(mask)                                                                   \
+                   : "memory");                                                                                                 \
+    }                                                                                                                           \
+    /* 16 channels; adds to s */                                                                                                \
+    AWQ_INLINE static void int16_unpacked(const uint8_t* w, const uint8_t* a, __m256i (&s)[n][2]) {                             \
+      __m256i w0, w1, x, t0, t1;                                                                                                \
+      asm volatile(AWQ_INT16_BLOCK(AWQ_ROWS_##n)                                                                                \
+                   : AWQ_SUMS_##n("+x"), [w0] "=&x"(w0), [w1] "=&x"(w1), [x] "=&x"(x), [t0] "=&x"(t0), [t1] "=&x"(t1)           \
+                   : [w] "r"(w), [a] "r"(a)                                                                                     \
+                   : "memory");                                                                                                 \
+    }                                                                                                                           \
+  };
+AWQ_DEFINE_BLOCK(1)
+AWQ_DEFINE_BLOCK(2)
+AWQ_DEFINE_BLOCK(3)
+AWQ_DEFINE_BLOCK(4)
+
+// ---- the fixed sequence of floating-point operations ----
+// Every path below goes through these three functions, in the same order for each (row, column):
+//   per block  group = block_sum * activation_scale + group   (fused)
+//   per group  group = group - zero * activation_sum; total = group * weight_scale + total   (both fused)
+//   at the end y = total (+ bias)
+
+template <int kRows>
+struct Sums {
+  __m256 v[kRows][2];
+};
+
+template <int kRows>
+AWQ_INLINE void add_block(const __m256i (&dot)[kRows][2], const float* scales, Sums<kRows>& group) {
+  for (int r = 0; r < kRows; ++r) {
+    const __m256 scale = _mm256_broadcast_ss(scales + r);
+    for (int h = 0; h < 2; ++h) {
+      const __m256 value = _mm256_cvtepi32_ps(dot[r][h]);
+      group.v[r][h] = _mm256_fmadd_ps(value, scale, group.v[r][h]);
+    }
+  }
+}
+
+template <int kRows>
+AWQ_INLINE void widen(__m256i (&sums)[kRows][2]) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  for (int r = 0; r < kRows; ++r)
+    for (int h = 0; h < 2; ++h) sums[r][h] = _mm256_madd_epi16(sums[r][h], ones);
+}
+
+// A group's weight scales and zero points as fp32, [16] each.
+struct GroupMeta {
+  __m256 scale[2];
+  __m256 zero[2];
+};
+
+AWQ_INLINE __m256 load_half8(const uint8_t* data, FloatType type) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(data));
+  if (type == FloatType::kFloat16) return _mm256_cvtph_ps(bits);
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+
+AWQ_INLINE GroupMeta load_meta(const PackedLinear& weight, const uint8_t* panel, int64_t group) {
+  GroupMeta meta;
+  for (int h = 0; h < 2; ++h) {
+    const int64_t index = group * kPanelColumns + h * 8;
+    if (weight.type == WeightType::kInt4) {
+      const uint8_t* zeros = panel + weight.activations.num_groups * kPanelColumns * 2 + index;
+      meta.scale[h] = load_half8(panel + index * 2, weight.float_type);
+      meta.zero[h] = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(zeros))));
+    } else {
+      meta.scale[h] = _mm256_loadu_ps(reinterpret_cast<const float*>(panel) + index);
+      meta.zero[h] = _mm256_setzero_ps();
+    }
+  }
+  return meta;
+}
+
+template <int kRows>
+AWQ_INLINE void add_group(const GroupMeta& meta, const float* sums, const Sums<kRows>& group, Sums<kRows>& total) {
+  for (int r = 0; r < kRows; ++r) {
+    const __m256 sum = _mm256_broadcast_ss(sums + r);
+    for (int h = 0; h < 2; ++h) {
+      const __m256 centred = _mm256_fnmadd_ps(meta.zero[h], sum, group.v[r][h]);
+      total.v[r][h] = _mm256_fmadd_ps(centred, meta.scale[h], total.v[r][h]);
+    }
+  }
+}
+
+template <int kRows>
+AWQ_INLINE void store_rows(const PackedLinear& weight, int64_t panel_index, Sums<kRows>& total, float* y, int64_t ldy) {
+  const int64_t first = panel_index * kPanelColumns, left = weight.out_features - first;
+  if (weight.bias.nbytes() != 0) {
+    const float* bias = reinterpret_cast<const float*>(weight.bias.data()) + first;
+    for (int r = 0; r < kRows; ++r)
+      for (int h = 0; h < 2; ++h) total.v[r][h] = _mm256_add_ps(total.v[r][h], _mm256_loadu_ps(bias + h * 8));
+  }
+  for (int r = 0; r < kRows; ++r) {
+    float* row = y + r * ldy + first;
+    if (left >= kPanelColumns) {
+      _mm256_storeu_ps(row, total.v[r][0]);
+      _mm256_storeu_ps(row + 8, total.v[r][1]);
+    } else {
+      alignas(32) float columns[kPanelColumns];
+      _mm256_store_ps(columns, total.v[r][0]);
+      _mm256_store_ps(columns + 8, total.v[r][1]);
+      std::memcpy(row, columns, static_cast<size_t>(left) * sizeof(float));
+    }
+  }
+}
+
+// ---- few rows, int8 activations: straight from the packed nibbles ----
+
+template <int kRows>
+void nibble_tile(const PackedLinear& weight, int64_t panel_index, const uint8_t* tile, float* y, int64_t ldy) {
+  const ActivationLayout& layout = weight.activations;
+  const uint8_t* panel = weight.panels.data() + panel_index * weight.panel_stride;
+  const uint8_t* w = panel + weight.weights_offset;
+  const uint8_t* a = tile;
+  const float* scales = reinterpret_cast<const float*>(tile + layout.scales_offset);
+  const float* sums = reinterpret_cast<const float*>(tile + layout.sums_offset);
+  const __m256i mask = _mm256_set1_epi8(15);
+  Sums<kRows> total = {};
+  for (int64_t group = 0; group < layout.num_groups; ++group) {
+    Sums<kRows> partial = {};
+    for (int64_t b = 0; b < layout.blocks_per_group; ++b) {
+      __m256i dot[kRows][2];
+      Block<kRows>::int8_nibbles(w, a, mask, dot);
+      widen<kRows>(dot);
+      add_block<kRows>(dot, scales, partial);
+      w += 256;
+      a += 128;
+      scales += kTileRows;
+    }
+    add_group<kRows>(load_meta(weight, panel, group), sums, partial, total);
+    sums += kTileRows;
+  }
+  store_rows<kRows>(weight, panel_index, total, y, ldy);
+}
+
+// ---- many rows: a chunk of the panel is unpacked once and used by up to 64 rows ----
+
+constexpr int64_t kRowBlock = 64;
+constexpr int64_t kUnpackedNbytes = 16384;  // half of L1
+
+struct Scratch {
+  alignas(64) uint8_t weights[kUnpackedNbytes];
+  alignas(64) Sums<4> total[kRowBlock / kTileRows];
+  alignas(64) Sums<4> group[kRowBlock / kTileRows];  // of a group that spans chunks
+};
+
+AWQ_INLINE __m256i load_vector(const uint8_t* data) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(data)); }
+AWQ_INLINE void store_vector(uint8_t* data, __m256i value) { _mm256_store_si256(reinterpret_cast<__m256i*>(data), value); }
+
+// int4 to bytes: 64 packed bytes (8 channels) become 128, [2 steps of 4 channels][16 columns][4].
+AWQ_INLINE void unpack_int4_to_int8(const uint8_t* source, int64_t nbytes, uint8_t* out) {
+  const __m256i mask = _mm256_set1_epi8(15);
+  for (int64_t i = 0; i < nbytes; i += 64, out += 128) {
+    _mm_prefetch(reinterpret_cast<const char*>(source + i + 2048), _MM_HINT_T0);
+    const __m256i a = load_vector(source + i), b = load_vector(source + i + 32);
+    store_vector(out, _mm256_and_si256(a, mask));
+    store_vector(out + 32, _mm256_and_si256(b, mask));
+    store_vector(out + 64, _mm256_and_si256(_mm256_srli_epi16(a, 4), mask));
+    store_vector(out + 96, _mm256_and_si256(_mm256_srli_epi16(b, 4), mask));
+  }
+}
+
+// int4 to 16 bits: 64 packed bytes become 256, [4 steps: channel pairs (0,2) (1,3) (4,6) (5,7)][16 columns][2].
+AWQ_INLINE void unpack_int4_to_int16(const uint8_t* source, int64_t nbytes, uint8_t* out) {
+  const __m256i mask = _mm256_set1_epi16(15);
+  for (int64_t i = 0; i < nbytes; i += 64, out += 256) {
+    _mm_prefetch(reinterpret_cast<const char*>(source + i + 2048), _MM_HINT_T0);
+    for (int h = 0; h < 2; ++h) {
+      const __m256i v = load_vector(source + i + h * 32);
+      store_vector(out + h * 32, _mm256_and_si256(v, mask));
+      store_vector(out + h * 32 + 64, _mm256_and_si256(_mm256_srli_epi16(v, 8), mask));
+      store_vector(out + h * 32 + 128, _mm256_and_si256(_mm256_srli_epi16(v, 4), mask));
+      store_vector(out + h * 32 + 192, _mm256_srli_epi16(v, 12));
+    }
+  }
+}
+
+// int8 to 16 bits: 64 bytes (4 channels) become 128, [2 steps: channel pairs (0,2) (1,3)][16 columns][2].
+AWQ_INLINE void unpack_int8_to_int16(const uint8_t* source, int64_t nbytes, uint8_t* out) {
+  for (int64_t i = 0; i < nbytes; i += 64, out += 128) {
+    _mm_prefetch(reinterpret_cast<const char*>(source + i + 2048), _MM_HINT_T0);
+    for (int h = 0; h < 2; ++h) {
+      const __m256i v = load_vector(source + i + h * 32);
+      store_vector(out + h * 32, _mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8));
+      store_vector(out + h * 32 + 64, _mm256_srai_epi16(v, 8));
+    }
+  }
+}
+
+// One tile over blocks [begin, end) of the unpacked chunk.
+template <int kRows, bool kWide>
+AWQ_INLINE void chunk_tile(const PackedLinear& weight, const uint8_t* panel, const uint8_t* w, const uint8_t* tile, int64_t begin,
+                           int64_t end, Sums<4>& saved_total, Sums<4>& saved_group) {
+  const ActivationLayout& layout = weight.activations;
+  const int64_t size = kWide ? layout.block_size : 32, per_group = layout.blocks_per_group;
+  const uint8_t* a = tile + begin * size * kTileRows * (kWide ? 2 : 1);
+  const float* scales = reinterpret_cast<const float*>(tile + layout.scales_offset) + begin * kTileRows;
+  const float* sums = reinterpret_cast<const float*>(tile + layout.sums_offset);
+  int64_t group = begin / per_group, within = begin % per_group;
+  Sums<kRows> total, partial;
+  std::memcpy(&total, &saved_total, sizeof total);
+  std::memcpy(&partial, &saved_group, sizeof partial);
+  for (int64_t block = begin; block < end; ++block) {
+    __m256i dot[kRows][2];
+    if constexpr (kWide) {
+      for (int r = 0; r < kRows; ++r) dot[r][0] = dot[r][1] = _mm256_setzero_si256();
+      for (int64_t i = 0; i < size; i += 16) {
+        Block<kRows>::int16_unpacked(w, a, dot);
+        w += 512;
+        a += 128;
+      }
+    } else {
+      Block<kRows>::int8_unpacked(w, a, dot);
+      widen<kRows>(dot);
+      w += 512;
+      a += 128;
+    }
+    add_block<kRows>(dot, scales, partial);
+    scales += kTileRows;
+    if (++within == per_group) {
+      add_group<kRows>(load_meta(weight, panel, group), sums + group * kTileRows, partial, total);
+      partial = {};
+      within = 0;
+      ++group;
+    }
+  }
+  std::memcpy(&saved_total, &total, sizeof total);
+  std::memcpy(&saved_group, &partial, sizeof partial);
+}
+
+template <bool kWide>
+void run_chunks(const PackedLinear& weight, const uint8_t* tiles, int64_t row_begin, int64_t row_end, float* y, int64_t ldy,
+                int64_t panel_index, Scratch& scratch) {
+  const ActivationLayout& layout = weight.activations;
+  const uint8_t* panel = weight.panels.data() + panel_index * weight.panel_stride;
+  const int64_t unpacked_block = layout.block_size * kPanelColumns * (kWide ? 2 : 1);
+  const int64_t packed_block = layout.block_size * kPanelColumns / (weight.type == WeightType::kInt4 ? 2 : 1);
+  const int64_t chunk = kUnpackedNbytes / unpacked_block;
+  std::memset(scratch.total, 0, sizeof scratch.total);
+  std::memset(scratch.group, 0, sizeof scratch.group);
+  for (int64_t begin = 0; begin < layout.num_blocks; begin += chunk) {
+    const int64_t end = begin + chunk < layout.num_blocks ? begin + chunk : layout.num_blocks;
+    const uint8_t* source = panel + weight.weights_offset + begin * packed_block;
+    const int64_t nbytes = (end - begin) * packed_block;
+    if (!kWide)
+      unpack_int4_to_int8(source, nbytes, scratch.weights);
+    else if (weight.type == WeightType::kInt4)
+      unpack_int4_to_int16(source, nbytes, scratch.weights);
+    else
+      unpack_int8_to_int16(source, nbytes, scratch.weights);
+    for (int64_t row = row_begin; row < row_end; row += kTileRows) {
+      const uint8_t* tile = tiles + row / kTileRows * layout.tile_stride;
+      Sums<4>& total = scratch.total[(row - row_begin) / kTileRows];
+      Sums<4>& group = scratch.group[(row - row_begin) / kTileRows];
+      switch (row_end - row) {
+        case 1: chunk_tile<1, kWide>(weight, panel, scratch.weights, tile, begin, end, total, group); break;
+        case 2: chunk_tile<2, kWide>(weight, panel, scratch.weights, tile, begin, end, total, group); break;
+        case 3: chunk_tile<3, kWide>(weight, panel, scratch.weights, tile, begin, end, total, group); break;
+        default: chunk_tile<4, kWide>(weight, panel, scratch.weights, tile, begin, end, total, group); break;
+      }
+    }
+  }
+  for (int64_t row = row_begin; row < row_end; ++row) {
+    Sums<1> total;
+    std::memcpy(&total, &scratch.total[(row - row_begin) / kTileRows].v[row % kTileRows], sizeof total);
+    store_rows<1>(weight, panel_index, total, y + row * ldy, ldy);
+  }
+}
+
+// ---- dense weights ----
+
+constexpr int64_t kDenseChunk = 256;
+
+AWQ_INLINE void unpack_dense(const PackedLinear& weight, const uint8_t* source, int64_t count, float* out) {
+  const int64_t size = weight.float_type == FloatType::kFloat32 ? 4 : 2;
+  for (int64_t i = 0; i < count * kPanelColumns; i += 8) {
+    _mm_prefetch(reinterpret_cast<const char*>(source + i * size + 2048), _MM_HINT_T0);
+    const __m256 value = size == 4 ? _mm256_loadu_ps(reinterpret_cast<const float*>(source) + i)
+                                   : load_half8(source + i * 2, weight.float_type);
+    _mm256_store_ps(out + i, value);
+  }
+}
+
+template <int kRows>
+AWQ_INLINE void dense_tile(const float* w, const float* a, int64_t count, Sums<4>& saved) {
+  Sums<kRows> total;
+  std::memcpy(&total, &saved, sizeof total);
+  for (int64_t k = 0; k < count; ++k) {
+    const __m256 w0 = _mm256_load_ps(w + k * kPanelColumns), w1 = _mm256_load_ps(w + k * kPanelColumns + 8);
+    for (int r = 0; r < kRows; ++r) {
+      const __m256 x = _mm256_broadcast_ss(a + k * kTileRows + r);
+      total.v[r][0] = _mm256_fmadd_ps(w0, x, total.v[r][0]);
+      total.v[r][1] = _mm256_fmadd_ps(w1, x, total.v[r][1]);
+    }
+  }
+  std::memcpy(&saved, &total, sizeof total);
+}
+
+void run_dense(const PackedLinear& weight, const uint8_t* tiles, int64_t row_begin, int64_t row_end, float* y, int64_t ldy,
+               int64_t panel_index, Scratch& scratch) {
+  const ActivationLayout& layout = weight.activations;
+  const uint8_t* panel = weight.panels.data() + panel_index * weight.panel_stride;
+  const int64_t row_nbytes = kPanelColumns * (weight.float_type == FloatType::kFloat32 ? 4 : 2);
+  auto* unpacked = reinterpret_cast<float*>(scratch.weights);
+  std::memset(scratch.total, 0, sizeof scratch.total);
+  for (int64_t begin = 0; begin < layout.k; begin += kDenseChunk) {
+    const int64_t count = layout.k - begin < kDenseChunk ? layout.k - begin : kDenseChunk;
+    unpack_dense(weight, panel + begin * row_nbytes, count, unpacked);
+    for (int64_t row = row_begin; row < row_end; row += kTileRows) {
+      const float* a = reinterpret_cast<const float*>(tiles + row / kTileRows * layout.tile_stride) + begin * kTileRows;
+      Sums<4>& total = scratch.total[(row - row_begin) / kTileRows];
+      switch (row_end - row) {
+        case 1: dense_tile<1>(unpacked, a, count, total); break;
+        case 2: dense_tile<2>(unpacked, a, count, total); break;
+        case 3: dense_tile<3>(unpacked, a, count, total); break;
+        default: dense_tile<4>(unpacked, a, count, total); break;
+      }
+    }
+  }
+  for (int64_t row = row_begin; row < row_end; ++row) {
+    Sums<1> total;
+    std::memcpy(&total, &scratch.total[(row - row_begin) / kTileRows].v[row % kTileRows], sizeof total);
+    store_rows<1>(weight, panel_index, total, y + row * ldy, ldy);
+  }
+}
+
+// ---- entry ----
+
+constexpr int64_t kMaxNibbleRows = 8;  // up to here, unpacking twice costs less than the buffer
+
+void run_avx2(const PackedLinear& weight, const void* activations, int64_t num_rows, float* y, int64_t ldy, int64_t panel_begin,
+              int64_t panel_end) {
+  const auto* tiles = static_cast<const uint8_t*>(activations);
+  const bool wide = weight.activations.mode == ActivationMode::kInt16;
+  const bool dense = weight.type == WeightType::kFloat;
+  if (!dense && !wide && num_rows <= kMaxNibbleRows) {
+    for (int64_t panel = panel_begin; panel < panel_end; ++panel)
+      for (int64_t row = 0; row < num_rows; row += kTileRows) {
+        const uint8_t* tile = tiles + row / kTileRows * weight.activations.tile_stride;
+        switch (num_rows - row) {
+          case 1: nibble_tile<1>(weight, panel, tile, y + row * ldy, ldy); break;
+          case 2: nibble_tile<2>(weight, panel, tile, y + row * ldy, ldy); break;
+          case 3: nibble_tile<3>(weight, panel, tile, y + row * ldy, ldy); break;
+          default: nibble_tile<4>(weight, panel, tile, y + row * ldy, ldy); break;
+        }
+      }
+    return;
+  }
+  Scratch scratch;
+  for (int64_t panel = panel_begin; panel < panel_end; ++panel)
+    for (int64_t row = 0; row < num_rows; row += kRowBlock) {
+      const int64_t end = row + kRowBlock < num_rows ? row + kRowBlock : num_rows;
+      if (dense)
+        run_dense(weight, tiles, row, end, y, ldy, panel, scratch);
+      else if (wide)
+        run_chunks<true>(weight, tiles, row, end, y, ldy, panel, scratch);
+      else
+        run_chunks<false>(weight, tiles, row, end, y, ldy, panel, scratch);
+    }
+}
+
+}  // namespace
+
+extern const LinearKernels kAvx2Kernels = {"avx2", quantize_rows_avx2, run_avx2};
+
+}  // namespace awq_cpu
