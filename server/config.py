@@ -34,3 +34,8 @@ class ServerConfig:
     log_level: str = "info"
     in_process: bool = False  # the engine in a thread of the API process: for debugging
     access_log: bool = False
+    revision: str | None = None  # of a model that is a Hugging Face id
+    generation_config: str = "auto"  # where sampling defaults come from: auto (the model's folder), none, or a folder
+    chat_template: str | None = None  # a file that replaces the checkpoint's
+    drain_timeout: float = 5.0  # seconds that running requests get once the server is told to stop
+    max_request_bytes: int = 16 * 2**20

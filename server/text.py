@@ -35,9 +35,8 @@ class Tokenizer:
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenize")
 
     @classmethod
-    def from_directory(cls, directory: Path) -> Tokenizer:
+    def from_file(cls, path: Path) -> Tokenizer:
         """Raises ValueError naming the file when it is missing or not a tokenizer."""
-        path = directory / "tokenizer.json"
         if not path.is_file():
             raise ValueError(f"{path}: no such file")
         try:

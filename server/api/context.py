@@ -10,8 +10,6 @@ from server.api.errors import RequestError
 from server.engine.client import EngineClient
 from server.text import Tokenizer
 
-DEFAULT_MAX_REQUEST_BYTES = 16 * 2**20
-
 
 @dataclass(frozen=True, slots=True)
 class SamplingDefaults:
@@ -34,10 +32,10 @@ class ApiContext:
     vocab_size: int  # rows of the embedding: the token ids that a prompt may hold
     render_metrics: Callable[[], tuple[bytes, str]]
     created: int
+    max_request_bytes: int
     version: str = "unknown"
     defaults: SamplingDefaults = SamplingDefaults()
     chat_template: ChatTemplate | None = None
-    max_request_bytes: int = DEFAULT_MAX_REQUEST_BYTES
 
     @property
     def max_model_len(self) -> int:

@@ -191,6 +191,7 @@ async def running_edge(
         "vocab_size": tokenizer.vocab_size,
         "render_metrics": recorder.render,
         "created": 1_700_000_000,
+        "max_request_bytes": 2**20,
         "defaults": SamplingDefaults(),
         "chat_template": ChatTemplate(CHAT_TEMPLATE, {"eos_token": END}),
     }

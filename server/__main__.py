@@ -1,0 +1,96 @@
+"""The `awq-serve` command: reads the options, starts the engine process, and serves HTTP until it is told to stop.
+
+Kept light at import: the engine's process imports this module too, before it imports what it needs itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+
+from server.config import ServerConfig
+from server.options import parse_options
+
+logger = logging.getLogger("server")
+
+
+_BACKLOG = 2048  # connections that wait to be accepted
+
+
+class StartError(Exception):
+    """The server cannot start; one line says why."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0 after an orderly stop, 1 when the server cannot start, 2 for wrong options."""
+    config = parse_options(arguments, os.environ)
+    logging.basicConfig(level=config.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    for noisy in ("httpx", "httpcore", "filelock", "urllib3"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        return _run(config)
+    except StartError as error:
+        print(f"awq-serve: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:  # before the signal handlers were in place
+        return 130
+
+
+def _run(config: ServerConfig) -> int:
+    """Check what can be checked at once, start the engine, and import the web server while it loads."""
+    from server.model_config import ModelError, load_model_config
+    from server.model_files import ModelFilesError, resolve_model, served_name
+
+    listener = bind(config.host, config.port)
+    try:
+        directory = resolve_model(config.engine.model, config.revision)
+        model_config = load_model_config(directory)
+    except (ModelFilesError, ModelError) as error:
+        raise StartError(str(error)) from error
+    names = config.served_model_names or (served_name(config.engine.model),)
+    config = replace(config, served_model_names=names, engine=replace(config.engine, model=str(directory)))
+
+    from server.engine.client import EngineClient
+    from server.engine.process import in_process_engine, spawn_engine
+
+    if config.in_process:
+        client = EngineClient(lambda epoch: in_process_engine(config.engine, epoch))
+    else:
+        client = EngineClient(lambda epoch: spawn_engine(config.engine, epoch, config.log_level))
+    client.launch()
+    try:
+        from server.serve import ServeError, serve
+
+        try:
+            serve(config, client, listener, model_config.vocab_size)
+        except ServeError as error:
+            raise StartError(str(error)) from error
+    finally:
+        client.close()
+        listener.close()
+    return 0
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket, made before the model loads: a taken port is known at once, and who connects early waits."""
+    try:
+        [family, kind, protocol, _, address] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise StartError(f"--host {host}: {error.strerror}") from None
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise StartError(f"cannot listen on {host} port {port}: {error.strerror}; choose another with --port") from None
+    return listener
+
+
+if __name__ == "__main__":
+    sys.exit(main())

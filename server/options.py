@@ -1,0 +1,299 @@
+"""The server's options: one table, read from flags, AWQSERVE_* variables and a YAML file, in that order of precedence.
+
+Names are vLLM's wherever the meaning is the same. A name that is not in the table is refused, wherever it stands.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from server.config import EngineConfig, ServerConfig
+
+ENVIRONMENT_PREFIX = "AWQSERVE_"
+
+_DESCRIPTION = """\
+Serve a language model over an OpenAI-compatible API.
+
+MODEL is a checkpoint folder (AWQ 4-bit in the "gemm" layout, or unquantized) or a Hugging Face id. Llama, Mistral,
+Qwen2 and Qwen3 models are supported.
+"""
+
+_EPILOG = """\
+Every option can also come from the environment (AWQSERVE_MAX_MODEL_LEN=4096) or from a YAML file (--config FILE, with
+lines like `max-model-len: 4096`; `model` may stand there too). A flag goes before the environment, that before the file.
+
+examples:
+  awq-serve models/smollm2-135m-instruct-awq
+  awq-serve Qwen/Qwen2.5-0.5B-Instruct-AWQ --port 9000 --max-model-len 8k --served-model-name qwen
+  awq-serve --config server.yaml
+"""
+
+
+class OptionError(ValueError):
+    """A wrong option; the message names it, its value and what was expected."""
+
+
+def _integer(low: int, high: int = 2**63 - 1) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise OptionError(f"{text!r} is not a whole number") from None
+        if not low <= value <= high:
+            raise OptionError(f"{value} is not in {low}..{high}" if high < 2**63 - 1 else f"{value} is less than {low}")
+        return value
+
+    return parse
+
+
+_SIZE_SUFFIXES = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
+
+
+def _size(text: str) -> int:
+    """A positive whole number; k, m, g stand for powers of 1000 and K, M, G of 1024, as in vLLM ("8k", "1.5G")."""
+    factor = _SIZE_SUFFIXES.get(text[-1:], 1)
+    number = text if factor == 1 else text[:-1]
+    try:
+        value = int(number) if factor == 1 else int(float(number) * factor)
+    except (ValueError, OverflowError):
+        raise OptionError(f"{text!r} is not a size (a whole number, or one with k, m, g, K, M or G)") from None
+    if value < 1:
+        raise OptionError(f"{value} is less than 1")
+    return value
+
+
+def _number(low: float, high: float) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise OptionError(f"{text!r} is not a number") from None
+        if not low <= value <= high:
+            raise OptionError(f"{text} is not in {low:g}..{high:g}")
+        return value
+
+    return parse
+
+
+def _choice(*choices: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in choices:
+            raise OptionError(f"{text!r} is not one of {', '.join(choices)}")
+        return text
+
+    return parse
+
+
+def _text(text: str) -> str:
+    if not text:
+        raise OptionError("is empty")
+    return text
+
+
+def _flag(text: str) -> bool:
+    values = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+    if text.lower() not in values:
+        raise OptionError(f"{text!r} is neither true nor false")
+    return values[text.lower()]
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One option. `field` is of EngineConfig or ServerConfig, which hold the defaults; `parse` takes the text of its value."""
+
+    name: str  # as the flag has it, without the dashes
+    field: str
+    parse: Callable[[str], Any]
+    help: str
+    metavar: str = ""
+    is_list: bool = False
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def is_flag(self) -> bool:
+        return self.parse is _flag
+
+    @property
+    def default(self) -> Any:
+        defaults = {item.name: item.default for config in (EngineConfig, ServerConfig) for item in fields(config)}
+        return defaults[self.field]
+
+    def from_text(self, text: str) -> Any:
+        if self.is_list:
+            return tuple(_text(part.strip()) for part in text.split(","))
+        return self.parse(text)
+
+    def from_yaml(self, value: Any) -> Any:
+        """YAML's own types where they say the same as the text would."""
+        if self.is_list and isinstance(value, list):
+            return tuple(_text(str(part)) for part in value)
+        if isinstance(value, bool) != self.is_flag or not isinstance(value, str | int | float):
+            raise OptionError(
+                f"{value!r} is a {type(value).__name__}; expected {'true or false' if self.is_flag else 'a value'}"
+            )
+        return self.from_text(str(value))
+
+
+_BACKENDS = ("auto", "reference", "cpu", "gpu")
+_LOG_LEVELS = ("debug", "info", "warning", "error")
+
+MODEL = Option("model", "model", _text, "checkpoint folder or Hugging Face id", "MODEL")
+GROUPS: dict[str, tuple[Option, ...]] = {
+    "HTTP": (
+        Option("host", "host", _text, "address to listen on; 0.0.0.0 for all", "ADDRESS"),
+        Option("port", "port", _integer(0, 65535), "port to listen on; 0 for any free one", "PORT"),
+        Option("served-model-name", "served_model_names", _text, "names that requests may use; the first one is what "
+               "responses say (default: the folder's name, or the id)", "NAME", is_list=True),
+        Option("chat-template", "chat_template", _text, "jinja file to use instead of the checkpoint's", "FILE"),
+        Option("generation-config", "generation_config", _text, "where sampling defaults come from: auto (the model's "
+               "generation_config.json), none, or a folder that holds one", "auto|none|FOLDER"),
+        Option("max-request-bytes", "max_request_bytes", _size, "largest request body", "BYTES"),
+        Option("drain-timeout", "drain_timeout", _number(0, 86400), "seconds that running requests get to finish when "
+               "the server is told to stop", "SECONDS"),
+        Option("log-level", "log_level", _choice(*_LOG_LEVELS), "least level logged", "|".join(_LOG_LEVELS)),
+        Option("access-log", "access_log", _flag, "log every HTTP request"),
+    ),
+    "model": (
+        Option("revision", "revision", _text, "branch, tag or commit of a Hugging Face id", "NAME"),
+        Option("max-model-len", "max_model_len", _size, "longest prompt and output together, in tokens (default: the "
+               "model's, or what memory holds)", "TOKENS"),
+        Option("kernel-backend", "kernel_backend", _choice(*_BACKENDS), "kernels to compute with", "|".join(_BACKENDS)),
+        Option("threads", "threads", _integer(0), "processor threads to compute with; 0: the physical cores available", "N"),
+        Option("in-process", "in_process", _flag, "run the engine in a thread of this process, for debugging"),
+    ),
+    "scheduling and memory": (
+        Option("max-num-seqs", "max_num_seqs", _integer(1), "most sequences in one step", "N"),
+        Option("max-num-batched-tokens", "max_num_batched_tokens", _size, "most tokens in one step (default: chosen at "
+               "load)", "TOKENS"),
+        Option("enable-prefix-caching", "enable_prefix_caching", _flag, "keep the KV cache of prompts for requests that "
+               "begin the same way"),
+        Option("block-size", "block_size", _integer(1), "tokens per KV cache block", "TOKENS"),
+        Option("kv-cache-dtype", "kv_cache_dtype", _text, "type of the KV cache", "TYPE"),
+        Option("kv-cache-memory-bytes", "kv_cache_memory_bytes", _size, "size of the KV cache (default: what "
+               "--memory-utilization leaves)", "BYTES"),
+        Option("memory-utilization", "memory_utilization", _number(0.01, 1), "share of the memory limit for weights, KV "
+               "cache and workspace together", "SHARE", aliases=("gpu-memory-utilization",)),
+        Option("seed", "seed", _integer(0), "makes requests without a seed repeatable", "N"),
+    ),
+}  # fmt: skip
+OPTIONS = (MODEL, *(option for group in GROUPS.values() for option in group))
+_BY_NAME = {name: option for option in OPTIONS for name in (option.name, *option.aliases)}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="awq-serve",
+        usage="awq-serve MODEL [options]",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("model", metavar="MODEL", nargs="?", help=MODEL.help)
+    parser.add_argument("--config", metavar="FILE", help="YAML file with options")
+    for title, options in GROUPS.items():
+        group = parser.add_argument_group(title)
+        for option in options:
+            _add_argument(group, option)
+    return parser
+
+
+def _add_argument(group: argparse._ArgumentGroup, option: Option) -> None:
+    default = option.default
+    shown = option.help
+    if default not in (None, MISSING, ()) and "(default:" not in shown:
+        shown += f" (default: {str(default).lower() if option.is_flag else default})"
+    flags = [f"--{name}" for name in (option.name, *option.aliases)]
+    if option.is_flag:
+        group.add_argument(*flags, dest=option.field, help=shown, action=argparse.BooleanOptionalAction)
+    elif option.is_list:
+        group.add_argument(*flags, dest=option.field, help=shown, metavar=option.metavar, nargs="+")
+    else:
+        group.add_argument(*flags, dest=option.field, help=shown, metavar=option.metavar)
+
+
+def parse_options(arguments: Sequence[str] | None, environment: Mapping[str, str]) -> ServerConfig:
+    """The configuration. Wrong options end the process with a line that names them, as argparse does (exit code 2)."""
+    parser = build_parser()
+    given = vars(parser.parse_args(arguments))
+    try:
+        return _combine(given, environment)
+    except OptionError as error:
+        parser.error(str(error))
+
+
+def _combine(given: dict[str, Any], environment: Mapping[str, str]) -> ServerConfig:
+    from_environment = _read_environment(environment)
+    path = given.pop("config", from_environment.pop("config", None))
+    values = {} if path is None else _read_file(Path(path))
+    values |= from_environment
+    for option in OPTIONS:
+        if option.field in given:
+            values[option.field] = _parse_given(option, given[option.field])
+    if "model" not in values:
+        raise OptionError("MODEL is missing: give a checkpoint folder or a Hugging Face id")
+    engine_fields = {item.name for item in fields(EngineConfig)}
+    engine = EngineConfig(**{name: value for name, value in values.items() if name in engine_fields})
+    return ServerConfig(engine, **{name: value for name, value in values.items() if name not in engine_fields})
+
+
+def _parse_given(option: Option, value: Any) -> Any:
+    if option.is_flag:
+        return value
+    source = "MODEL" if option is MODEL else f"--{option.name}"
+    if option.is_list:
+        return tuple(_named(source, _text, name) for name in value)
+    return _named(source, option.from_text, value)
+
+
+def _read_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for variable, text in environment.items():
+        if not variable.startswith(ENVIRONMENT_PREFIX):
+            continue
+        name = variable.removeprefix(ENVIRONMENT_PREFIX).lower().replace("_", "-")
+        if name == "config":
+            values["config"] = text
+            continue
+        option = _find(name, variable, lambda known: ENVIRONMENT_PREFIX + known.upper().replace("-", "_"))
+        values[option.field] = _named(variable, option.from_text, text)
+    return values
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise OptionError(f"--config {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise OptionError(f"--config {path}: not valid YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise OptionError(f"--config {path}: expected `option: value` lines, found a {type(content).__name__}")
+    values: dict[str, Any] = {}
+    for key, value in content.items():
+        option = _find(str(key).replace("_", "-"), f"{path}: {key}", str)
+        values[option.field] = _named(f"{path}: {key}", option.from_yaml, value)
+    return values
+
+
+def _find(name: str, shown: str, spell: Callable[[str], str]) -> Option:
+    if name in _BY_NAME:
+        return _BY_NAME[name]
+    close = difflib.get_close_matches(name, _BY_NAME, n=1)
+    hint = f"; did you mean {spell(close[0])}?" if close else ""
+    raise OptionError(f"{shown}: unknown option{hint}")
+
+
+def _named(source: str, parse: Callable[[Any], Any], value: Any) -> Any:
+    try:
+        return parse(value)
+    except OptionError as error:
+        raise OptionError(f"{source}: {error}") from None
