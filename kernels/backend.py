@@ -363,7 +363,10 @@ class BackendOptions:
 
     num_threads: int = 0
     kv_cache_dtype: str = "auto"
-    extra: dict[str, str] = field(default_factory=dict)
+    cpu_activations: Literal["int8", "int16"] = "int8"
+    """Into quantized linears on the CPU: int8 with a scale per token and 32 channels, int16 with one per token and 128."""
+    lm_head_dtype: Literal["auto", "int8", "int4", "fp16"] = "auto"
+    """Of an unquantized lm_head on the CPU; "auto" is int8."""
 
 
 def create_backend(name: str, options: BackendOptions) -> Backend:
@@ -373,8 +376,27 @@ def create_backend(name: str, options: BackendOptions) -> Backend:
     """
     if name not in BACKEND_NAMES:
         raise ValueError(f"kernel backend {name!r}: expected one of {', '.join(BACKEND_NAMES)}")
-    if name in ("auto", "reference"):
+    if name in ("auto", "cpu"):
+        backend, reason = _create_cpu(options)
+        if backend is not None:
+            return backend
+        if name == "cpu":
+            raise ValueError(f"kernel backend 'cpu': {reason}")
+        logger.warning(
+            "native CPU kernels are missing (%s): every step runs in plain PyTorch, about 10 times slower", reason
+        )
+        name = "reference"
+    if name == "reference":
         from kernels.reference import ReferenceBackend
 
         return ReferenceBackend(options)
     raise ValueError(f"kernel backend {name!r} is not part of this build")
+
+
+def _create_cpu(options: BackendOptions) -> tuple[Backend | None, str]:
+    """The native back end, or None and why not: it was not built, or not for this machine."""
+    try:
+        from kernels.cpu.backend import CpuBackend
+    except ImportError as error:
+        return None, f"{error}; install with a C++ compiler to build them"
+    return CpuBackend(options), ""

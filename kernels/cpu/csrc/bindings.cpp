@@ -367,7 +367,7 @@ void add_logits(Program& program, const Array& hidden, const std::vector<std::sh
   need_batch(program);
   const int64_t rows = program.batch().max_rows, width = size_of(hidden, 1);
   auto op = std::make_unique<LogitsOp>();
-  op->hidden = floats("hidden", hidden, {program.batch().max_tokens, -1});
+  op->hidden = floats("hidden", hidden, {-1, -1});
   op->gathered = row_output(gathered, std::nullopt, rows, width);
   std::vector<Array> inputs;
   for (const auto& weight : weights)
