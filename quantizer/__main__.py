@@ -53,13 +53,13 @@ def build_parser() -> argparse.ArgumentParser:
         type=int,
         default=defaults.group_size,
         choices=GROUP_SIZES,
-        help="inputs that share a scale; -1 is a whole row. Smaller is better and larger on disk (default: %(default)s)",
+        help="inputs that share a scale; -1 is a whole row. Smaller is better, but larger (default: %(default)s)",
     )
     form.add_argument(
         "--dtype",
         default=defaults.dtype,
         choices=DTYPES,
-        help="of embeddings, norms, biases and lm_head. auto keeps float16 and bfloat16 as they are and writes the rest "
+        help="of embeddings, norms, biases and lm_head. auto keeps float16 and bfloat16 and writes the rest "
         "as float16 (default: %(default)s)",
     )
     form.add_argument(

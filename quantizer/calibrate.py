@@ -27,7 +27,8 @@ _DOCSTRING_MODULES = (
     "heapq html http imaplib ipaddress json logging mailbox multiprocessing optparse os pathlib pickle random re "
     "sched shutil smtplib socket statistics string subprocess tarfile textwrap threading turtle typing unittest "
     "urllib uuid weakref zipfile"
-).split()
+)
+"""Standard modules with long docstrings, separated by spaces."""
 
 
 def builtin_documents(held_out: bool = False) -> list[str]:
@@ -44,7 +45,7 @@ def builtin_documents(held_out: bool = False) -> list[str]:
 
 
 def _docstrings() -> Iterator[str]:
-    for name in _DOCSTRING_MODULES:
+    for name in _DOCSTRING_MODULES.split():
         module = importlib.import_module(name)
         members = [module, *(member for _, member in sorted(vars(module).items()) if inspect.isclass(member))]
         texts = [inspect.getdoc(member) for member in members]
@@ -197,6 +198,7 @@ class LayerRunner:
         collectors, handles = [], []
         for group in self.architecture.groups:
             linear = layer.get_submodule(group.linears[0])
+            assert isinstance(linear, nn.Linear)
             collectors.append(_Collector(linear.in_features))
             handles.append(linear.register_forward_pre_hook(collectors[-1]))
         try:

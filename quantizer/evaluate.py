@@ -27,7 +27,6 @@ class Evaluation:
 
     num_tokens: int
     perplexity: float
-    bits_per_weight: float
     reference_perplexity: float | None = None
     kl_mean: float | None = None
     kl_percentile_99: float | None = None
@@ -89,12 +88,13 @@ def evaluate(model: PreTrainedModel, rows: Tensor, reference: PreTrainedModel | 
             reference_nll += _negative_log_likelihood(expected, targets)
             agreements += int((expected.argmax(-1) == log_probs.argmax(-1)).sum())
             divergences.append((expected.exp() * (expected - log_probs)).sum(-1).reshape(-1))
-    result = {"num_tokens": num_tokens, "perplexity": math.exp(nll / num_tokens), "bits_per_weight": math.nan}
+    perplexity = math.exp(nll / num_tokens)
     if reference is None:
-        return Evaluation(**result)
+        return Evaluation(num_tokens, perplexity)
     divergence = torch.cat(divergences).double()
     return Evaluation(
-        **result,
+        num_tokens,
+        perplexity,
         reference_perplexity=math.exp(reference_nll / num_tokens),
         kl_mean=float(divergence.mean()),
         kl_percentile_99=float(divergence.sort().values[int(0.99 * (divergence.numel() - 1))]),

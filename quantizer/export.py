@@ -88,7 +88,7 @@ class CheckpointWriter:
         if total == 1:
             self._part(0).rename(self.staging / "model.safetensors")
             return
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for index, names in enumerate(self._shards):
             file = f"model-{index + 1:05d}-of-{total:05d}.safetensors"
             self._part(index).rename(self.staging / file)
@@ -126,7 +126,7 @@ def verify(folder: Path, digests: dict[str, str]) -> None:
     found = set()
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as handle:
-            for name in handle.keys():
+            for name in list(handle.keys()):
                 tensor = handle.get_tensor(name)
                 if _digest(tensor) != digests.get(name):
                     raise QuantizeError(f"{path}: tensor {name} is not what was written")

@@ -26,7 +26,6 @@ class GgufSource:
     """One .gguf file of an architecture the quantizer knows. Tensors come dequantized to fp32, one at a time."""
 
     dtype = torch.float16
-    """What the unquantized parts are written as, unless the user asks for something else."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -127,15 +127,13 @@ def parameter_chooser(clipped: Tensor | None) -> ParameterChooser:
 
 def _best_range(weights: Tensor, low: Tensor, high: Tensor, second_moment: Tensor) -> tuple[Tensor, Tensor]:
     weights = weights.contiguous()
-    best: tuple[Tensor, Tensor, Tensor] | None = None
+    best_scale, best_zero = range_parameters(low, high)
+    best_error = torch.full_like(low, torch.inf)
     for factor in (1.0, *SHRINK_FACTORS):
         scale, zero = range_parameters(low * factor, high * factor)
         delta = to_integers(weights, scale, zero).sub_(zero).mul_(scale).sub_(weights)
         error = output_errors(delta, second_moment).unsqueeze(1)
-        if best is None:
-            best = (error, scale, zero)
-        else:
-            better = error < best[0]
-            best = tuple(torch.where(better, new, old) for new, old in zip((error, scale, zero), best, strict=True))
-    assert best is not None
-    return best[1], best[2]
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
+    return best_scale, best_zero

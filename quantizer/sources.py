@@ -46,7 +46,10 @@ class Source(Protocol):
     description: str
     config: PretrainedConfig
     config_json: dict[str, Any]
-    dtype: torch.dtype
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the unquantized parts are stored as."""
 
     def names(self) -> frozenset[str]:
         """Names of all tensors, in transformers' spelling."""
@@ -84,7 +87,7 @@ class SafetensorsSource:
             return {name: file for name, file in weight_map.items() if not _IGNORED_TENSORS.search(name)}
         if single.is_file():
             with _open(single) as handle:
-                return {name: single.name for name in handle.keys() if not _IGNORED_TENSORS.search(name)}
+                return {name: single.name for name in list(handle.keys()) if not _IGNORED_TENSORS.search(name)}
         others = sorted(
             path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for path in self.folder.glob(pattern)
         )
