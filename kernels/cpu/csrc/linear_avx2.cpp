@@ -275,7 +275,7 @@ AWQ_DEFINE_BLOCK(4)
 
 // ---- the fixed sequence of floating-point operations ----
 // Every path below goes through these three functions, in the same order for each (row, column):
-//   per block  group = block_sum * activation_scale + group   (fused)
+//   per block  group = block_sum * activation_scale + group   (fused; the group's first block multiplies only)
 //   per group  group = group - zero * activation_sum; total = group * weight_scale + total   (both fused)
 //   at the end y = total (+ bias)
 
@@ -284,13 +284,13 @@ struct Sums {
   __m256 v[kRows][2];
 };
 
-template <int kRows>
+template <int kRows, bool kFirst>
 AWQ_INLINE void add_block(const __m256i (&dot)[kRows][2], const float* scales, Sums<kRows>& group) {
   for (int r = 0; r < kRows; ++r) {
     const __m256 scale = _mm256_broadcast_ss(scales + r);
     for (int h = 0; h < 2; ++h) {
       const __m256 value = _mm256_cvtepi32_ps(dot[r][h]);
-      group.v[r][h] = _mm256_fmadd_ps(value, scale, group.v[r][h]);
+      group.v[r][h] = kFirst ? _mm256_mul_ps(value, scale) : _mm256_fmadd_ps(value, scale, group.v[r][h]);
     }
   }
 }
@@ -314,6 +314,10 @@ AWQ_INLINE __m256 load_half8(const uint8_t* data, FloatType type) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 }
 
+AWQ_INLINE __m256 load_zeros(const uint8_t* data) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(data))));
+}
+
 AWQ_INLINE GroupMeta load_meta(const PackedLinear& weight, const uint8_t* panel, int64_t group) {
   GroupMeta meta;
   for (int h = 0; h < 2; ++h) {
@@ -321,7 +325,7 @@ AWQ_INLINE GroupMeta load_meta(const PackedLinear& weight, const uint8_t* panel,
     if (weight.type == WeightType::kInt4) {
       const uint8_t* zeros = panel + weight.activations.num_groups * kPanelColumns * 2 + index;
       meta.scale[h] = load_half8(panel + index * 2, weight.float_type);
-      meta.zero[h] = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(zeros))));
+      meta.zero[h] = load_zeros(zeros);
     } else {
       meta.scale[h] = _mm256_loadu_ps(reinterpret_cast<const float*>(panel) + index);
       meta.zero[h] = _mm256_setzero_ps();
@@ -365,7 +369,16 @@ AWQ_INLINE void store_rows(const PackedLinear& weight, int64_t panel_index, Sums
 
 // ---- few rows, int8 activations: straight from the packed nibbles ----
 
-template <int kRows>
+// One block of 32 channels: adds to `group`, or starts it.
+template <int kRows, bool kFirst>
+AWQ_INLINE void nibble_block(const uint8_t* w, const uint8_t* a, const float* scales, __m256i mask, Sums<kRows>& group) {
+  __m256i dot[kRows][2];
+  Block<kRows>::int8_nibbles(w, a, mask, dot);
+  widen<kRows>(dot);
+  add_block<kRows, kFirst>(dot, scales, group);
+}
+
+template <int kRows, FloatType kScale>
 void nibble_tile(const PackedLinear& weight, int64_t panel_index, const uint8_t* tile, float* y, int64_t ldy) {
   const ActivationLayout& layout = weight.activations;
   const uint8_t* panel = weight.panels.data() + panel_index * weight.panel_stride;
@@ -373,23 +386,44 @@ void nibble_tile(const PackedLinear& weight, int64_t panel_index, const uint8_t*
   const uint8_t* a = tile;
   const float* scales = reinterpret_cast<const float*>(tile + layout.scales_offset);
   const float* sums = reinterpret_cast<const float*>(tile + layout.sums_offset);
+  const uint8_t* weight_scales = panel;
+  const uint8_t* zeros = panel + layout.num_groups * kPanelColumns * 2;
   const __m256i mask = _mm256_set1_epi8(15);
   Sums<kRows> total = {};
   for (int64_t group = 0; group < layout.num_groups; ++group) {
-    Sums<kRows> partial = {};
-    for (int64_t b = 0; b < layout.blocks_per_group; ++b) {
-      __m256i dot[kRows][2];
-      Block<kRows>::int8_nibbles(w, a, mask, dot);
-      widen<kRows>(dot);
-      add_block<kRows>(dot, scales, partial);
-      w += 256;
-      a += 128;
-      scales += kTileRows;
+    Sums<kRows> partial;
+    nibble_block<kRows, true>(w, a, scales, mask, partial);
+    for (int64_t b = 1; b < layout.blocks_per_group; ++b)
+      nibble_block<kRows, false>(w + b * 256, a + b * 128, scales + b * kTileRows, mask, partial);
+    GroupMeta meta;
+    for (int h = 0; h < 2; ++h) {
+      meta.scale[h] = load_half8(weight_scales + h * 16, kScale);
+      meta.zero[h] = load_zeros(zeros + h * 8);
     }
-    add_group<kRows>(load_meta(weight, panel, group), sums, partial, total);
+    add_group<kRows>(meta, sums, partial, total);
+    weight_scales += kPanelColumns * 2;
+    zeros += kPanelColumns;
+    w += layout.blocks_per_group * 256;
+    a += layout.blocks_per_group * 128;
+    scales += layout.blocks_per_group * kTileRows;
     sums += kTileRows;
   }
   store_rows<kRows>(weight, panel_index, total, y, ldy);
+}
+
+template <FloatType kScale>
+void run_nibbles(const PackedLinear& weight, const uint8_t* tiles, int64_t num_rows, float* y, int64_t ldy, int64_t panel_begin,
+                 int64_t panel_end) {
+  for (int64_t panel = panel_begin; panel < panel_end; ++panel)
+    for (int64_t row = 0; row < num_rows; row += kTileRows) {
+      const uint8_t* tile = tiles + row / kTileRows * weight.activations.tile_stride;
+      switch (num_rows - row) {
+        case 1: nibble_tile<1, kScale>(weight, panel, tile, y + row * ldy, ldy); break;
+        case 2: nibble_tile<2, kScale>(weight, panel, tile, y + row * ldy, ldy); break;
+        case 3: nibble_tile<3, kScale>(weight, panel, tile, y + row * ldy, ldy); break;
+        default: nibble_tile<4, kScale>(weight, panel, tile, y + row * ldy, ldy); break;
+      }
+    }
 }
 
 // ---- many rows: a chunk of the panel is unpacked once and used by up to 64 rows ----
@@ -399,6 +433,7 @@ constexpr int64_t kUnpackedNbytes = 16384;  // half of L1
 
 struct Scratch {
   alignas(64) uint8_t weights[kUnpackedNbytes];
+  alignas(64) GroupMeta metas[kUnpackedNbytes / 32 / kPanelColumns];
   alignas(64) Sums<4> total[kRowBlock / kTileRows];
   alignas(64) Sums<4> group[kRowBlock / kTileRows];  // of a group that spans chunks
 };
@@ -446,42 +481,48 @@ AWQ_INLINE void unpack_int8_to_int16(const uint8_t* source, int64_t nbytes, uint
   }
 }
 
-// One tile over blocks [begin, end) of the unpacked chunk.
+template <int kRows, bool kWide, bool kFirst>
+AWQ_INLINE void unpacked_block(const uint8_t* w, const uint8_t* a, int64_t size, const float* scales, Sums<kRows>& group) {
+  __m256i dot[kRows][2];
+  if constexpr (kWide) {
+    for (int r = 0; r < kRows; ++r) dot[r][0] = dot[r][1] = _mm256_setzero_si256();
+    for (int64_t i = 0; i < size; i += 16) Block<kRows>::int16_unpacked(w + i * 32, a + i * 8, dot);
+  } else {
+    Block<kRows>::int8_unpacked(w, a, dot);
+    widen<kRows>(dot);
+  }
+  add_block<kRows, kFirst>(dot, scales, group);
+}
+
+// One tile over blocks [begin, end) of the unpacked chunk. `metas`: of the groups from begin's on.
 template <int kRows, bool kWide>
-AWQ_INLINE void chunk_tile(const PackedLinear& weight, const uint8_t* panel, const uint8_t* w, const uint8_t* tile, int64_t begin,
+AWQ_INLINE void chunk_tile(const ActivationLayout& layout, const GroupMeta* metas, const uint8_t* w, const uint8_t* tile, int64_t begin,
                            int64_t end, Sums<4>& saved_total, Sums<4>& saved_group) {
-  const ActivationLayout& layout = weight.activations;
   const int64_t size = kWide ? layout.block_size : 32, per_group = layout.blocks_per_group;
-  const uint8_t* a = tile + begin * size * kTileRows * (kWide ? 2 : 1);
+  const int64_t w_step = size * kPanelColumns * (kWide ? 2 : 1), a_step = size * kTileRows * (kWide ? 2 : 1);
+  const uint8_t* a = tile + begin * a_step;
   const float* scales = reinterpret_cast<const float*>(tile + layout.scales_offset) + begin * kTileRows;
-  const float* sums = reinterpret_cast<const float*>(tile + layout.sums_offset);
-  int64_t group = begin / per_group, within = begin % per_group;
+  const float* sums = reinterpret_cast<const float*>(tile + layout.sums_offset) + begin / per_group * kTileRows;
+  int64_t within = begin % per_group;
   Sums<kRows> total, partial;
   std::memcpy(&total, &saved_total, sizeof total);
-  std::memcpy(&partial, &saved_group, sizeof partial);
-  for (int64_t block = begin; block < end; ++block) {
-    __m256i dot[kRows][2];
-    if constexpr (kWide) {
-      for (int r = 0; r < kRows; ++r) dot[r][0] = dot[r][1] = _mm256_setzero_si256();
-      for (int64_t i = 0; i < size; i += 16) {
-        Block<kRows>::int16_unpacked(w, a, dot);
-        w += 512;
-        a += 128;
-      }
-    } else {
-      Block<kRows>::int8_unpacked(w, a, dot);
-      widen<kRows>(dot);
-      w += 512;
-      a += 128;
+  if (within != 0) std::memcpy(&partial, &saved_group, sizeof partial);
+  for (int64_t block = begin; block < end;) {
+    const int64_t left = per_group - within, count = left < end - block ? left : end - block;
+    int64_t i = 0;
+    if (within == 0) {
+      unpacked_block<kRows, kWide, true>(w, a, size, scales, partial);
+      i = 1;
     }
-    add_block<kRows>(dot, scales, partial);
-    scales += kTileRows;
-    if (++within == per_group) {
-      add_group<kRows>(load_meta(weight, panel, group), sums + group * kTileRows, partial, total);
-      partial = {};
-      within = 0;
-      ++group;
-    }
+    for (; i < count; ++i) unpacked_block<kRows, kWide, false>(w + i * w_step, a + i * a_step, size, scales + i * kTileRows, partial);
+    w += count * w_step;
+    a += count * a_step;
+    scales += count * kTileRows;
+    block += count;
+    if (count < left) break;  // the group goes on in the next chunk
+    add_group<kRows>(*metas++, sums, partial, total);
+    sums += kTileRows;
+    within = 0;
   }
   std::memcpy(&saved_total, &total, sizeof total);
   std::memcpy(&saved_group, &partial, sizeof partial);
@@ -496,7 +537,6 @@ void run_chunks(const PackedLinear& weight, const uint8_t* tiles, int64_t row_be
   const int64_t packed_block = layout.block_size * kPanelColumns / (weight.type == WeightType::kInt4 ? 2 : 1);
   const int64_t chunk = kUnpackedNbytes / unpacked_block;
   std::memset(scratch.total, 0, sizeof scratch.total);
-  std::memset(scratch.group, 0, sizeof scratch.group);
   for (int64_t begin = 0; begin < layout.num_blocks; begin += chunk) {
     const int64_t end = begin + chunk < layout.num_blocks ? begin + chunk : layout.num_blocks;
     const uint8_t* source = panel + weight.weights_offset + begin * packed_block;
@@ -507,15 +547,18 @@ void run_chunks(const PackedLinear& weight, const uint8_t* tiles, int64_t row_be
       unpack_int4_to_int16(source, nbytes, scratch.weights);
     else
       unpack_int8_to_int16(source, nbytes, scratch.weights);
+    const int64_t first_group = begin / layout.blocks_per_group, last_group = (end - 1) / layout.blocks_per_group;
+    for (int64_t group = first_group; group <= last_group; ++group)
+      scratch.metas[group - first_group] = load_meta(weight, panel, group);
     for (int64_t row = row_begin; row < row_end; row += kTileRows) {
       const uint8_t* tile = tiles + row / kTileRows * layout.tile_stride;
       Sums<4>& total = scratch.total[(row - row_begin) / kTileRows];
       Sums<4>& group = scratch.group[(row - row_begin) / kTileRows];
       switch (row_end - row) {
-        case 1: chunk_tile<1, kWide>(weight, panel, scratch.weights, tile, begin, end, total, group); break;
-        case 2: chunk_tile<2, kWide>(weight, panel, scratch.weights, tile, begin, end, total, group); break;
-        case 3: chunk_tile<3, kWide>(weight, panel, scratch.weights, tile, begin, end, total, group); break;
-        default: chunk_tile<4, kWide>(weight, panel, scratch.weights, tile, begin, end, total, group); break;
+        case 1: chunk_tile<1, kWide>(layout, scratch.metas, scratch.weights, tile, begin, end, total, group); break;
+        case 2: chunk_tile<2, kWide>(layout, scratch.metas, scratch.weights, tile, begin, end, total, group); break;
+        case 3: chunk_tile<3, kWide>(layout, scratch.metas, scratch.weights, tile, begin, end, total, group); break;
+        default: chunk_tile<4, kWide>(layout, scratch.metas, scratch.weights, tile, begin, end, total, group); break;
       }
     }
   }
@@ -585,7 +628,7 @@ void run_dense(const PackedLinear& weight, const uint8_t* tiles, int64_t row_beg
 
 // ---- entry ----
 
-constexpr int64_t kMaxNibbleRows = 8;  // up to here, unpacking twice costs less than the buffer
+constexpr int64_t kMaxNibbleRows = 16;  // up to here, unpacking for each tile costs less than the buffer
 
 void run_avx2(const PackedLinear& weight, const void* activations, int64_t num_rows, float* y, int64_t ldy, int64_t panel_begin,
               int64_t panel_end) {
@@ -593,22 +636,17 @@ void run_avx2(const PackedLinear& weight, const void* activations, int64_t num_r
   const bool wide = weight.activations.mode == ActivationMode::kInt16;
   const bool dense = weight.type == WeightType::kFloat;
   if (!dense && !wide && num_rows <= kMaxNibbleRows) {
-    for (int64_t panel = panel_begin; panel < panel_end; ++panel)
-      for (int64_t row = 0; row < num_rows; row += kTileRows) {
-        const uint8_t* tile = tiles + row / kTileRows * weight.activations.tile_stride;
-        switch (num_rows - row) {
-          case 1: nibble_tile<1>(weight, panel, tile, y + row * ldy, ldy); break;
-          case 2: nibble_tile<2>(weight, panel, tile, y + row * ldy, ldy); break;
-          case 3: nibble_tile<3>(weight, panel, tile, y + row * ldy, ldy); break;
-          default: nibble_tile<4>(weight, panel, tile, y + row * ldy, ldy); break;
-        }
-      }
+    if (weight.float_type == FloatType::kFloat16)
+      run_nibbles<FloatType::kFloat16>(weight, tiles, num_rows, y, ldy, panel_begin, panel_end);
+    else
+      run_nibbles<FloatType::kBFloat16>(weight, tiles, num_rows, y, ldy, panel_begin, panel_end);
     return;
   }
   Scratch scratch;
-  for (int64_t panel = panel_begin; panel < panel_end; ++panel)
-    for (int64_t row = 0; row < num_rows; row += kRowBlock) {
-      const int64_t end = row + kRowBlock < num_rows ? row + kRowBlock : num_rows;
+  // Rows outside, so that a block of activations stays in L2 over all panels of the range.
+  for (int64_t row = 0; row < num_rows; row += kRowBlock) {
+    const int64_t end = row + kRowBlock < num_rows ? row + kRowBlock : num_rows;
+    for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
       if (dense)
         run_dense(weight, tiles, row, end, y, ldy, panel, scratch);
       else if (wide)
@@ -616,6 +654,7 @@ void run_avx2(const PackedLinear& weight, const void* activations, int64_t num_r
       else
         run_chunks<false>(weight, tiles, row, end, y, ldy, panel, scratch);
     }
+  }
 }
 
 }  // namespace
