@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from quantizer.calibrate import (
+    LayerRunner,
+    builtin_documents,
+    calibration_tokens,
+    pack_tokens,
+    read_documents,
+)
+from quantizer.config import QuantizeError
+from quantizer.mappings import find_architecture
+from quantizer.sources import open_source
+from tests.tiny_models import TINY_MODELS, load_reference
+
+
+def test_builtin_text_is_prose_and_its_held_out_part_is_apart() -> None:
+    calibration, held_out = builtin_documents(), builtin_documents(held_out=True)
+    assert sum(map(len, calibration)) > 100_000 and sum(map(len, held_out)) > 10_000
+    assert not set(calibration) & set(held_out)
+    text = "\n".join(calibration)
+    assert ">>>" not in text and "\n====" not in text
+    assert sum(character.isalpha() or character.isspace() for character in text) > 0.9 * len(text)
+
+
+def test_files_are_read_as_documents(tmp_path: Path) -> None:
+    text, lines = tmp_path / "a.txt", tmp_path / "a.jsonl"
+    text.write_text("One document.\n\nStill the same.")
+    lines.write_text('{"text": "first", "id": 1}\n\n"second"\n')
+    assert read_documents(str(text)) == ["One document.\n\nStill the same."]
+    assert read_documents(str(lines)) == ["first", "second"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [('{"text": 3}\n', "a.jsonl:1"), ('"x"\n{oops\n', "a.jsonl:2.*not JSON"), ("\n", "holds no text")],
+)
+def test_bad_jsonl_names_the_line(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(content)
+    with pytest.raises(QuantizeError, match=message):
+        read_documents(str(path))
+
+
+def test_missing_calibration_file_is_named() -> None:
+    with pytest.raises(QuantizeError, match="wikitext"):
+        read_documents("wikitext")
+
+
+def test_packing_keeps_every_token(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    documents = builtin_documents()[:3]
+    rows = pack_tokens(tiny_tokenizer, documents, 16)
+    expected = []
+    for document in documents:
+        expected += [*tiny_tokenizer(document, add_special_tokens=False)["input_ids"], tiny_tokenizer.eos_token_id]
+    assert rows.reshape(-1).tolist() == expected[: rows.numel()]
+    assert len(expected) - rows.numel() < 16
+
+
+def test_samples_depend_on_the_seed_alone(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    first, again, other = (calibration_tokens(tiny_tokenizer, "builtin", 4, 32, seed) for seed in (0, 0, 1))
+    assert first.shape == (4, 32)
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_too_little_text_is_refused(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    path = tmp_path / "short.txt"
+    path.write_text("Too short.")
+    with pytest.raises(QuantizeError, match="sequence_length: 512"):
+        calibration_tokens(tiny_tokenizer, str(path), 4, 512, 0)
+
+
+@pytest.mark.parametrize("kind", TINY_MODELS)
+def test_layer_by_layer_equals_the_whole_model(kind: str, make_checkpoint: Callable[..., Path]) -> None:
+    """Masks, sliding windows and rotary embeddings included; and the statistics are those of the inputs seen."""
+    folder = make_checkpoint(kind)
+    source, model = open_source(str(folder)), load_reference(folder)
+    runner = LayerRunner(source.config, find_architecture(source.config))
+    tokens = torch.randint(3, 320, (3, 64), generator=torch.Generator().manual_seed(0))
+    seen = []
+    last = model.model.layers[-1]
+    handle = last.mlp.down_proj.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        states = model(tokens, output_hidden_states=True).hidden_states
+    handle.remove()
+    hidden = states[0]
+    for index, layer in enumerate(model.model.layers):
+        built = runner.build(index, dict(layer.state_dict()))
+        statistics = runner.capture(built, index, hidden)
+        hidden = runner.run(built, index, hidden)
+        if index + 1 < len(model.model.layers):
+            assert torch.allclose(hidden, states[index + 1], rtol=1e-4, atol=1e-4)
+    inputs = seen[0].reshape(-1, seen[0].shape[-1])
+    moment, expected = statistics[-1].second_moment, inputs.t() @ inputs / len(inputs)
+    assert (moment - expected).norm() < 1e-4 * expected.norm()
+    assert torch.allclose(statistics[-1].mean_abs, inputs.abs().mean(0), rtol=1e-4, atol=1e-6)
+    assert statistics[-1].num_tokens == tokens.numel()

@@ -1,0 +1,236 @@
+"""Whole quantizations of tiny models: what is written, that it computes what was judged, and what failure leaves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoTokenizer
+
+from kernels.format import AwqWeight
+from quantizer import pipeline
+from quantizer.__main__ import main, quantize
+from quantizer.config import QuantizeError, QuantizeOptions
+from quantizer.evaluate import evaluate, load_checkpoint
+from tests.tiny_models import TINY_MODELS, load_reference
+
+OPTIONS = QuantizeOptions(group_size=32, samples=4, sequence_length=64)
+
+
+def _run(source: Path, out: Path, **options: Any) -> dict[str, Any]:
+    fields = {**OPTIONS.to_dict(), **options}
+    return quantize(str(source), out, QuantizeOptions(**fields), progress=False)
+
+
+def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(path)
+    return tensors
+
+
+@pytest.mark.parametrize("kind", TINY_MODELS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+def test_every_architecture_becomes_a_standard_checkpoint(
+    kind: str, dtype: torch.dtype, make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    source, out = make_checkpoint(kind, dtype), tmp_path / "out"
+    report = _run(source, out)
+    config = json.loads((out / "config.json").read_text())
+    assert config["quantization_config"] == OPTIONS.quant_config.to_dict()
+    assert config["torch_dtype"] == str(dtype).removeprefix("torch.") and len(config["architectures"]) == 1
+    tensors, original = _tensors(out), _tensors(source)
+    linears = {name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")}
+    assert len(linears) == 7 * 3
+    for name in linears:
+        triple = {key: tensors.pop(f"{name}.{key}") for key in ("qweight", "qzeros", "scales")}
+        assert AwqWeight.from_tensors(name, triple, 32).dequantize().shape == original.pop(f"{name}.weight").shape
+        assert triple["scales"].dtype == torch.float16
+    assert tensors.keys() == original.keys()
+    assert all(tensor.dtype == dtype for tensor in tensors.values())
+    assert torch.equal(tensors["model.embed_tokens.weight"], original["model.embed_tokens.weight"])
+    assert ("lm_head.weight" in tensors) == (not config["tie_word_embeddings"])
+    assert (
+        AutoTokenizer.from_pretrained(out).get_chat_template()
+        == AutoTokenizer.from_pretrained(source).get_chat_template()
+    )
+    assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == 2
+    assert json.loads((out / "quantization_report.json").read_text()) == json.loads(json.dumps(report))
+
+
+@pytest.mark.parametrize("kind", TINY_MODELS)
+def test_errors_fall_and_the_report_is_true(kind: str, make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """The model on disk, dequantized in transformers, is closer to the original than plain rounding's."""
+    source = make_checkpoint(kind)
+    report = _run(source, tmp_path / "awq", samples=32)
+    _run(source, tmp_path / "rtn", method="rtn")
+    for layer in report["layers"]:
+        assert [linear["name"] for linear in layer["linears"]] != []
+        total = sum(linear["error"] for linear in layer["linears"])
+        assert total < 0.8 * sum(linear["error_nearest"] for linear in layer["linears"])
+        for scales in layer["scales"]:
+            assert scales["error"] <= scales["error_identity"]
+    reference = load_reference(source)
+    rows = torch.randint(3, 320, (8, 64), generator=torch.Generator().manual_seed(0))
+    awq, rtn = (evaluate(load_checkpoint(tmp_path / name), rows, reference) for name in ("awq", "rtn"))
+    assert awq.kl_mean is not None and rtn.kl_mean is not None
+    assert 0 < awq.kl_mean < rtn.kl_mean
+
+
+def test_sharded_output_has_an_index_and_the_same_tensors(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    source = make_checkpoint("qwen2", max_shard_size="100KB")
+    _run(source, tmp_path / "single")
+    _run(source, tmp_path / "sharded", max_shard_bytes=50_000)
+    files = sorted(path.name for path in (tmp_path / "sharded").glob("*.safetensors"))
+    assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    index = json.loads((tmp_path / "sharded" / "model.safetensors.index.json").read_text())
+    single, sharded = _tensors(tmp_path / "single"), _tensors(tmp_path / "sharded")
+    assert index["weight_map"].keys() == sharded.keys() == single.keys()
+    assert all(torch.equal(single[name], sharded[name]) for name in single)
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in single.values())
+    assert sum((tmp_path / "sharded" / file).stat().st_size for file in files) < 50_000 * len(files)
+
+
+def test_the_same_command_writes_the_same_bytes(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    source = make_checkpoint("llama")
+    for name in ("first", "second"):
+        _run(source, tmp_path / name)
+    for file in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
+
+
+@pytest.mark.parametrize("group_size", [-1, 32])
+def test_modules_left_out_stay_dense_and_the_model_still_computes(
+    group_size: int, make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    source, out = make_checkpoint("mistral"), tmp_path / "out"
+    skipped = ("k_proj", "down_proj", "layers.1.")
+    _run(source, out, group_size=group_size, modules_to_not_convert=skipped)
+    tensors = _tensors(out)
+    quantized = {name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")}
+    assert quantized == {
+        f"model.layers.{index}.{name}"
+        for index in (0, 2)
+        for name in ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj")
+    }
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert config["modules_to_not_convert"] == [*skipped, "lm_head"] and config["group_size"] == group_size
+    rows = torch.randint(3, 320, (4, 48), generator=torch.Generator().manual_seed(0))
+    quality = evaluate(load_checkpoint(out), rows, load_reference(source))
+    assert quality.top_1_agreement is not None and quality.top_1_agreement > 0.5
+
+
+def test_unscaled_nearest_is_plain_rounding_of_the_source(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    from quantizer.rounding import nearest_values
+
+    source, out = make_checkpoint("llama", torch.float16), tmp_path / "out"
+    report = _run(source, out, method="rtn")
+    original, written = _tensors(source), load_checkpoint(out).state_dict()
+    for name, tensor in original.items():
+        if name.endswith("_proj.weight"):
+            assert torch.equal(written[name], nearest_values(tensor.float(), 32)), name
+    assert report["options"]["rounding"] == "nearest" and not report["options"]["clip"]
+
+
+def test_output_is_never_overwritten_by_accident(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    source, out = make_checkpoint("llama"), tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(QuantizeError, match="not empty"):
+        _run(source, out)
+    with pytest.raises(QuantizeError, match="not a checkpoint"):
+        quantize(str(source), out, OPTIONS, overwrite=True, progress=False)
+    assert (out / "notes.txt").read_text() == "mine"
+    (out / "config.json").write_text("{}")
+    quantize(str(source), out, OPTIONS, overwrite=True, progress=False)
+    assert not (out / "notes.txt").exists() and (out / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_failure_leaves_nothing_new(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    source, out = make_checkpoint("llama"), tmp_path / "out"
+    if overwrite:
+        _run(source, out)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    original = pipeline.LayerQuantizer.quantize_layer
+
+    def failing(self: pipeline.LayerQuantizer, index: int, *arguments: Any) -> Any:
+        if index == 2:
+            raise KeyboardInterrupt
+        return original(self, index, *arguments)
+
+    monkeypatch.setattr(pipeline.LayerQuantizer, "quantize_layer", failing)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(str(source), out, OPTIONS, overwrite=overwrite, progress=False)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_what_was_written_is_read_back(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from quantizer import export
+
+    def flipped(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+        name = "model.layers.1.mlp.up_proj.qweight"
+        save({**tensors, name: tensors[name] ^ 1}, path, metadata)
+
+    save = export.save_file
+    monkeypatch.setattr(export, "save_file", flipped)
+    with pytest.raises(QuantizeError, match=r"layers\.1\.mlp\.up_proj\.qweight is not what was written"):
+        _run(make_checkpoint("llama"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_group_sizes_that_do_not_divide_are_refused_with_the_way_out(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = make_checkpoint("llama")
+    status = main([str(source), str(tmp_path / "out"), "--group-size", "64"])
+    message = capsys.readouterr().err
+    assert status == 1
+    assert "model.layers.0.mlp.down_proj: 96 input features" in message and "(32 fits)" in message
+
+
+def test_values_beyond_fp16_are_refused_by_name(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    source = make_checkpoint("llama")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.embed_tokens.weight"][5, 5] = 1e5
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(QuantizeError, match=r"embed_tokens\.weight: 100000 does not fit float16.*bfloat16"):
+        _run(source, tmp_path / "out")
+    _run(source, tmp_path / "out", dtype="bfloat16")
+    assert AutoConfig.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+
+
+def test_command_line_quantizes_and_evaluates(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = make_checkpoint("qwen3"), tmp_path / "out"
+    assert main([str(source), str(out), "--group-size", "32", "--samples", "4", "--sequence-length", "64"]) == 0
+    assert (
+        main(["evaluate", str(out), "--reference", str(source), "--sequence-length", "64", "--max-tokens", "512"]) == 0
+    )
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["num_tokens"] == 8 * 63 and result["kl_mean"] > 0 and 0 < result["top_1_agreement"] <= 1
+    assert result["perplexity"] > 1 and result["reference_perplexity"] > 1 and result["bits_per_weight"] > 4
+    assert main(["evaluate", str(tmp_path / "nowhere")]) == 1
+    assert "no such folder" in capsys.readouterr().err
+
+
+def test_a_model_is_no_distance_from_itself(make_checkpoint: Callable[..., Path]) -> None:
+    source = make_checkpoint("llama-untied-biased")
+    rows = torch.randint(3, 320, (4, 32), generator=torch.Generator().manual_seed(0))
+    result = evaluate(load_checkpoint(source), rows, load_checkpoint(source))
+    assert result.kl_mean == 0 and result.kl_percentile_99 == 0 and result.top_1_agreement == 1
+    assert result.perplexity == result.reference_perplexity
+    loss = load_reference(source)(rows, labels=rows).loss.exp()
+    assert abs(result.perplexity / float(loss) - 1) < 1e-4
