@@ -164,7 +164,7 @@ void quantize_any(const ActivationLayout& layout, const float* x, int64_t ldx, i
   }
 }
 
-void quantize_rows_avx2(const ActivationLayout& layout, const float* x, int64_t ldx, int64_t row_begin, int64_t row_end, void* packed) {
+void quantize_all(const ActivationLayout& layout, const float* x, int64_t ldx, int64_t row_begin, int64_t row_end, void* packed) {
   int64_t row = row_begin;
   while (row < row_end) {
     uint8_t* tile = static_cast<uint8_t*>(packed) + row / kTileRows * layout.tile_stride;
@@ -481,6 +481,85 @@ AWQ_INLINE void unpack_int8_to_int16(const uint8_t* source, int64_t nbytes, uint
   }
 }
 
+// ---- few rows, int16 activations: weights are widened in registers ----
+
+// 16 columns x 2 channels of weights against one dword of each row.
+template <int kRows>
+AWQ_INLINE void add_pair(__m256i w0, __m256i w1, const uint8_t* a, __m256i (&dot)[kRows][2]) {
+  for (int r = 0; r < kRows; ++r) {
+    int32_t dword;
+    std::memcpy(&dword, a + r * 4, 4);
+    const __m256i x = _mm256_set1_epi32(dword);
+    dot[r][0] = _mm256_add_epi32(dot[r][0], _mm256_madd_epi16(w0, x));
+    dot[r][1] = _mm256_add_epi32(dot[r][1], _mm256_madd_epi16(w1, x));
+  }
+}
+
+template <int kRows, bool kInt4>
+AWQ_INLINE void wide_block(const uint8_t* w, const uint8_t* a, int64_t size, __m256i (&dot)[kRows][2]) {
+  const __m256i mask = _mm256_set1_epi16(15);
+  for (int r = 0; r < kRows; ++r) dot[r][0] = dot[r][1] = _mm256_setzero_si256();
+  for (int64_t i = 0; i < size; i += kInt4 ? 8 : 4) {
+    _mm_prefetch(reinterpret_cast<const char*>(w + 2048), _MM_HINT_T0);
+    const __m256i v0 = load_vector(w), v1 = load_vector(w + 32);
+    w += 64;
+    if constexpr (kInt4) {
+      add_pair<kRows>(_mm256_and_si256(v0, mask), _mm256_and_si256(v1, mask), a, dot);
+      add_pair<kRows>(_mm256_and_si256(_mm256_srli_epi16(v0, 8), mask), _mm256_and_si256(_mm256_srli_epi16(v1, 8), mask), a + 16, dot);
+      add_pair<kRows>(_mm256_and_si256(_mm256_srli_epi16(v0, 4), mask), _mm256_and_si256(_mm256_srli_epi16(v1, 4), mask), a + 32, dot);
+      add_pair<kRows>(_mm256_srli_epi16(v0, 12), _mm256_srli_epi16(v1, 12), a + 48, dot);
+      a += 64;
+    } else {
+      add_pair<kRows>(_mm256_srai_epi16(_mm256_slli_epi16(v0, 8), 8), _mm256_srai_epi16(_mm256_slli_epi16(v1, 8), 8), a, dot);
+      add_pair<kRows>(_mm256_srai_epi16(v0, 8), _mm256_srai_epi16(v1, 8), a + 16, dot);
+      a += 32;
+    }
+  }
+}
+
+template <int kRows, bool kInt4>
+void wide_tile(const PackedLinear& weight, int64_t panel_index, const uint8_t* tile, float* y, int64_t ldy) {
+  const ActivationLayout& layout = weight.activations;
+  const uint8_t* panel = weight.panels.data() + panel_index * weight.panel_stride;
+  const uint8_t* w = panel + weight.weights_offset;
+  const uint8_t* a = tile;
+  const float* scales = reinterpret_cast<const float*>(tile + layout.scales_offset);
+  const float* sums = reinterpret_cast<const float*>(tile + layout.sums_offset);
+  const int64_t w_step = layout.block_size * kPanelColumns / (kInt4 ? 2 : 1), a_step = layout.block_size * kTileRows * 2;
+  Sums<kRows> total = {};
+  for (int64_t group = 0; group < layout.num_groups; ++group) {
+    Sums<kRows> partial;
+    __m256i dot[kRows][2];
+    wide_block<kRows, kInt4>(w, a, layout.block_size, dot);
+    add_block<kRows, true>(dot, scales, partial);
+    for (int64_t b = 1; b < layout.blocks_per_group; ++b) {
+      wide_block<kRows, kInt4>(w + b * w_step, a + b * a_step, layout.block_size, dot);
+      add_block<kRows, false>(dot, scales + b * kTileRows, partial);
+    }
+    w += layout.blocks_per_group * w_step;
+    a += layout.blocks_per_group * a_step;
+    scales += layout.blocks_per_group * kTileRows;
+    add_group<kRows>(load_meta(weight, panel, group), sums, partial, total);
+    sums += kTileRows;
+  }
+  store_rows<kRows>(weight, panel_index, total, y, ldy);
+}
+
+template <bool kInt4>
+void run_wide(const PackedLinear& weight, const uint8_t* tiles, int64_t num_rows, float* y, int64_t ldy, int64_t panel_begin,
+              int64_t panel_end) {
+  for (int64_t panel = panel_begin; panel < panel_end; ++panel)
+    for (int64_t row = 0; row < num_rows; row += kTileRows) {
+      const uint8_t* tile = tiles + row / kTileRows * weight.activations.tile_stride;
+      switch (num_rows - row) {
+        case 1: wide_tile<1, kInt4>(weight, panel, tile, y + row * ldy, ldy); break;
+        case 2: wide_tile<2, kInt4>(weight, panel, tile, y + row * ldy, ldy); break;
+        case 3: wide_tile<3, kInt4>(weight, panel, tile, y + row * ldy, ldy); break;
+        default: wide_tile<4, kInt4>(weight, panel, tile, y + row * ldy, ldy); break;
+      }
+    }
+}
+
 template <int kRows, bool kWide, bool kFirst>
 AWQ_INLINE void unpacked_block(const uint8_t* w, const uint8_t* a, int64_t size, const float* scales, Sums<kRows>& group) {
   __m256i dot[kRows][2];
@@ -628,7 +707,8 @@ void run_dense(const PackedLinear& weight, const uint8_t* tiles, int64_t row_beg
 
 // ---- entry ----
 
-constexpr int64_t kMaxNibbleRows = 16;  // up to here, unpacking for each tile costs less than the buffer
+// Up to so many rows, unpacking for each tile costs less than the buffer.
+constexpr int64_t kMaxNibbleRows = 16, kMaxWideInt4Rows = 4, kMaxWideInt8Rows = 16;
 
 void run_avx2(const PackedLinear& weight, const void* activations, int64_t num_rows, float* y, int64_t ldy, int64_t panel_begin,
               int64_t panel_end) {
@@ -640,6 +720,13 @@ void run_avx2(const PackedLinear& weight, const void* activations, int64_t num_r
       run_nibbles<FloatType::kFloat16>(weight, tiles, num_rows, y, ldy, panel_begin, panel_end);
     else
       run_nibbles<FloatType::kBFloat16>(weight, tiles, num_rows, y, ldy, panel_begin, panel_end);
+    return;
+  }
+  if (wide && num_rows <= (weight.type == WeightType::kInt4 ? kMaxWideInt4Rows : kMaxWideInt8Rows)) {
+    if (weight.type == WeightType::kInt4)
+      run_wide<true>(weight, tiles, num_rows, y, ldy, panel_begin, panel_end);
+    else
+      run_wide<false>(weight, tiles, num_rows, y, ldy, panel_begin, panel_end);
     return;
   }
   Scratch scratch;
@@ -658,6 +745,10 @@ void run_avx2(const PackedLinear& weight, const void* activations, int64_t num_r
 }
 
 }  // namespace
+
+void quantize_rows_avx2(const ActivationLayout& layout, const float* x, int64_t ldx, int64_t row_begin, int64_t row_end, void* packed) {
+  quantize_all(layout, x, ldx, row_begin, row_end, packed);
+}
 
 extern const LinearKernels kAvx2Kernels = {"avx2", quantize_rows_avx2, run_avx2};
 

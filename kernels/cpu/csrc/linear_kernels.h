@@ -17,6 +17,10 @@ extern const LinearKernels kGenericKernels;
 extern const LinearKernels kAvx2Kernels;    // AVX2, FMA, F16C
 extern const LinearKernels kAvx512Kernels;  // those and AVX-512 F, BW, VL, VNNI
 
+// Also used by the AVX-512 variant.
+void quantize_rows_avx2(const ActivationLayout& layout, const float* x, int64_t ldx, int64_t row_begin, int64_t row_end,
+                        void* packed);
+
 // The variant in use; chosen on first use.
 const LinearKernels& linear_kernels();
 
