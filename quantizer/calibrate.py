@@ -25,7 +25,7 @@ BATCH_TOKENS = 4096
 _DOCSTRING_MODULES = (
     "argparse asyncio collections configparser csv datetime decimal difflib doctest email enum fractions functools "
     "heapq html http imaplib ipaddress json logging mailbox multiprocessing optparse os pathlib pickle random re "
-    "sched shutil smtplib socket statistics string subprocess tarfile textwrap threading turtle typing unittest "
+    "sched shutil smtplib socket statistics string subprocess tarfile textwrap threading turtle unittest "
     "urllib uuid weakref zipfile"
 )
 """Standard modules with long docstrings, separated by spaces."""
@@ -47,9 +47,14 @@ def builtin_documents(held_out: bool = False) -> list[str]:
 def _docstrings() -> Iterator[str]:
     for name in _DOCSTRING_MODULES.split():
         module = importlib.import_module(name)
-        members = [module, *(member for _, member in sorted(vars(module).items()) if inspect.isclass(member))]
+        members = [module, *(member for _, member in sorted(vars(module).items()) if _belongs(member, name))]
         texts = [inspect.getdoc(member) for member in members]
         yield "\n\n".join(text for text in texts if text)
+
+
+def _belongs(member: object, module: str) -> bool:
+    """Whether a module's member is a class of its own: imported ones would be read twice."""
+    return inspect.isclass(member) and str(member.__module__).startswith(module)
 
 
 def _prose(text: str) -> str:

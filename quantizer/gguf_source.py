@@ -38,6 +38,7 @@ class GgufSource:
         self.config: PretrainedConfig = self._transformers(AutoConfig)
         architecture = find_architecture(self.config)
         self.config.architectures = [architecture.name]
+        self._set_head_size()
         self.config_json = _config_json(self.config)
         self._tensors = self._map_tensors()
 
@@ -46,6 +47,17 @@ class GgufSource:
         if field is None:
             raise QuantizeError(f"{self.path}: metadata {key} is missing")
         return field.contents()
+
+    def _set_head_size(self) -> None:
+        """Takes the head size from the file: transformers reads it for some architectures and assumes it for others."""
+        sizes = [
+            self._reader.get_field(f"{self._gguf_architecture}.attention.{part}_length") for part in ("key", "value")
+        ]
+        lengths = {int(size.contents()) for size in sizes if size is not None}
+        if len(lengths) > 1:
+            raise QuantizeError(f"{self.path}: keys and values of different lengths ({lengths}) are not supported")
+        if lengths:
+            self.config.head_dim = lengths.pop()
 
     def _transformers(self, factory: Any) -> Any:
         try:

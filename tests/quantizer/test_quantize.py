@@ -16,7 +16,8 @@ from kernels.format import AwqWeight
 from quantizer import pipeline
 from quantizer.__main__ import main, quantize
 from quantizer.config import QuantizeError, QuantizeOptions
-from quantizer.evaluate import evaluate, load_checkpoint
+from quantizer.evaluate import evaluate, evaluation_rows, load_checkpoint
+from quantizer.sources import SafetensorsSource
 from tests.tiny_models import TINY_MODELS, load_reference
 
 OPTIONS = QuantizeOptions(group_size=32, samples=4, sequence_length=64)
@@ -66,7 +67,7 @@ def test_every_architecture_becomes_a_standard_checkpoint(
 @pytest.mark.parametrize("kind", TINY_MODELS)
 def test_errors_fall_and_the_report_is_true(kind: str, make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     """The model on disk, dequantized in transformers, is closer to the original than plain rounding's."""
-    source = make_checkpoint(kind)
+    source = make_checkpoint(kind, initializer_range=0.08)
     report = _run(source, tmp_path / "awq", samples=32)
     _run(source, tmp_path / "rtn", method="rtn")
     for layer in report["layers"]:
@@ -76,7 +77,7 @@ def test_errors_fall_and_the_report_is_true(kind: str, make_checkpoint: Callable
         for scales in layer["scales"]:
             assert scales["error"] <= scales["error_identity"]
     reference = load_reference(source)
-    rows = torch.randint(3, 320, (8, 64), generator=torch.Generator().manual_seed(0))
+    rows = evaluation_rows(SafetensorsSource(source), "builtin", 64, 2048)
     awq, rtn = (evaluate(load_checkpoint(tmp_path / name), rows, reference) for name in ("awq", "rtn"))
     assert awq.kl_mean is not None and rtn.kl_mean is not None
     assert 0 < awq.kl_mean < rtn.kl_mean
@@ -85,7 +86,7 @@ def test_errors_fall_and_the_report_is_true(kind: str, make_checkpoint: Callable
 def test_sharded_output_has_an_index_and_the_same_tensors(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     source = make_checkpoint("qwen2", max_shard_size="100KB")
     _run(source, tmp_path / "single")
-    _run(source, tmp_path / "sharded", max_shard_bytes=50_000)
+    _run(source, tmp_path / "sharded", max_shard_bytes=20_000)
     files = sorted(path.name for path in (tmp_path / "sharded").glob("*.safetensors"))
     assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
     index = json.loads((tmp_path / "sharded" / "model.safetensors.index.json").read_text())
@@ -93,7 +94,9 @@ def test_sharded_output_has_an_index_and_the_same_tensors(make_checkpoint: Calla
     assert index["weight_map"].keys() == sharded.keys() == single.keys()
     assert all(torch.equal(single[name], sharded[name]) for name in single)
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in single.values())
-    assert sum((tmp_path / "sharded" / file).stat().st_size for file in files) < 50_000 * len(files)
+    for file in files:
+        sizes = [tensor.nbytes for tensor in load_file(tmp_path / "sharded" / file).values()]
+        assert sum(sizes) <= 20_000 or len(sizes) == 1
 
 
 def test_the_same_command_writes_the_same_bytes(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
@@ -108,7 +111,7 @@ def test_the_same_command_writes_the_same_bytes(make_checkpoint: Callable[..., P
 def test_modules_left_out_stay_dense_and_the_model_still_computes(
     group_size: int, make_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    source, out = make_checkpoint("mistral"), tmp_path / "out"
+    source, out = make_checkpoint("mistral", initializer_range=0.08), tmp_path / "out"
     skipped = ("k_proj", "down_proj", "layers.1.")
     _run(source, out, group_size=group_size, modules_to_not_convert=skipped)
     tensors = _tensors(out)
@@ -122,7 +125,7 @@ def test_modules_left_out_stay_dense_and_the_model_still_computes(
     assert config["modules_to_not_convert"] == [*skipped, "lm_head"] and config["group_size"] == group_size
     rows = torch.randint(3, 320, (4, 48), generator=torch.Generator().manual_seed(0))
     quality = evaluate(load_checkpoint(out), rows, load_reference(source))
-    assert quality.top_1_agreement is not None and quality.top_1_agreement > 0.5
+    assert quality.kl_mean is not None and quality.kl_mean < 0.02
 
 
 def test_unscaled_nearest_is_plain_rounding_of_the_source(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
@@ -232,5 +235,5 @@ def test_a_model_is_no_distance_from_itself(make_checkpoint: Callable[..., Path]
     result = evaluate(load_checkpoint(source), rows, load_checkpoint(source))
     assert result.kl_mean == 0 and result.kl_percentile_99 == 0 and result.top_1_agreement == 1
     assert result.perplexity == result.reference_perplexity
-    loss = load_reference(source)(rows, labels=rows).loss.exp()
-    assert abs(result.perplexity / float(loss) - 1) < 1e-4
+    loss = float(load_reference(source)(rows, labels=rows).loss.detach().exp())
+    assert abs(result.perplexity / loss - 1) < 1e-4
