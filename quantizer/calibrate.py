@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
 import inspect
@@ -138,10 +139,15 @@ class InputStatistics:
         return InputStatistics(moment, self.mean_abs / scales, self.num_tokens)
 
 
+class _Captured(Exception):
+    """Ends a forward pass once the last input wanted from it has been seen."""
+
+
 class _Collector:
     """A forward pre-hook that sums x xT and |x| of one module."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, last: bool) -> None:
+        self.last = last
         self.moment = torch.zeros(channels, channels)
         self.absolute = torch.zeros(channels)
         self.num_tokens = 0
@@ -151,9 +157,16 @@ class _Collector:
         self.moment.addmm_(rows.t(), rows)
         self.absolute += rows.abs().sum(0)
         self.num_tokens += rows.shape[0]
+        if self.last:
+            raise _Captured
 
     def result(self) -> InputStatistics:
         return InputStatistics(self.moment / self.num_tokens, self.absolute / self.num_tokens, self.num_tokens)
+
+
+def _batches(hidden: Tensor) -> tuple[Tensor, ...]:
+    """Whole sequences, BATCH_TOKENS tokens at a time."""
+    return hidden.split(max(1, BATCH_TOKENS // hidden.shape[1]))
 
 
 class LayerRunner:
@@ -178,23 +191,23 @@ class LayerRunner:
     @torch.no_grad()
     def run(self, layer: nn.Module, index: int, hidden: Tensor) -> Tensor:
         """hidden: fp32 [sequences, length, hidden size]; returns the layer's output, of the same shape."""
-        output = torch.empty_like(hidden)
-        batch = max(1, BATCH_TOKENS // hidden.shape[1])
-        for start in range(0, hidden.shape[0], batch):
-            chunk = hidden[start : start + batch]
-            positions = torch.arange(chunk.shape[1]).unsqueeze(0)
-            output[start : start + batch] = layer(
-                chunk,
-                attention_mask=self._mask(index)(
-                    config=self.config,
-                    inputs_embeds=chunk,
-                    attention_mask=None,
-                    past_key_values=None,
-                    position_ids=positions,
-                ),
-                position_ids=positions,
-                position_embeddings=self._rotary(chunk, position_ids=positions),
-            )
+        return torch.cat([self._forward(layer, index, chunk) for chunk in _batches(hidden)])
+
+    def _forward(self, layer: nn.Module, index: int, hidden: Tensor) -> Tensor:
+        positions = torch.arange(hidden.shape[1]).unsqueeze(0)
+        mask = self._mask(index)(
+            config=self.config,
+            inputs_embeds=hidden,
+            attention_mask=None,
+            past_key_values=None,
+            position_ids=positions,
+        )
+        output: Tensor = layer(
+            hidden,
+            attention_mask=mask,
+            position_ids=positions,
+            position_embeddings=self._rotary(hidden, position_ids=positions),
+        )
         return output
 
     @torch.no_grad()
@@ -204,10 +217,13 @@ class LayerRunner:
         for group in self.architecture.groups:
             linear = layer.get_submodule(group.linears[0])
             assert isinstance(linear, nn.Linear)
-            collectors.append(_Collector(linear.in_features))
+            collectors.append(_Collector(linear.in_features, last=group is self.architecture.groups[-1]))
             handles.append(linear.register_forward_pre_hook(collectors[-1]))
         try:
-            self.run(layer, index, hidden)
+            for chunk in _batches(hidden):
+                # The last group's output is nobody's input here, so its matmul is not done.
+                with contextlib.suppress(_Captured):
+                    self._forward(layer, index, chunk)
         finally:
             for handle in handles:
                 handle.remove()

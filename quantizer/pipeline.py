@@ -94,7 +94,8 @@ class LayerQuantizer:
             tensors = self._load_layer(index)
             statistics = runner.capture(runner.build(index, tensors), index, hidden)
             result, dense = self.quantize_layer(index, tensors, statistics)
-            hidden = runner.run(runner.build(index, dense), index, hidden)
+            if index + 1 < self.source.config.num_hidden_layers:
+                hidden = runner.run(runner.build(index, dense), index, hidden)
             if not torch.isfinite(hidden).all():
                 raise QuantizeError(f"layer {index}: its output is not finite; the source's weights overflow in fp32")
             result.report.seconds = time.monotonic() - started

@@ -107,15 +107,19 @@ def round_feedback(weight: Tensor, second_moment: Tensor, group_size: int, choos
 
 
 def _inverse_factor(second_moment: Tensor) -> Tensor:
-    """Upper Cholesky factor of the damped second moment's inverse; more damping where rounding made it indefinite."""
+    """Upper Cholesky factor U (U^T U) of the damped second moment's inverse; damped more if rounding made it indefinite.
+
+    Cholesky of the moment in reverse order gives H = R R^T with R upper triangular, so U is R's inverse.
+    """
     diagonal = second_moment.diagonal().mean().clamp(min=1e-12)
     damping = DAMPING
     while True:
         damped = second_moment.double()
         damped.diagonal().add_(damping * diagonal)
-        factor, failed = torch.linalg.cholesky_ex(damped)
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if not failed:
-            return torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True).float()
+            identity = torch.eye(len(lower), dtype=torch.float64)
+            return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True).float()
         damping *= 10
 
 

@@ -18,7 +18,7 @@ COARSE_EXPONENTS = tuple(index / 8 for index in range(1, 9))
 FINE_STEP = 1 / 16
 SHRINK_FACTORS = tuple(1.0 - index / 20 for index in range(1, 11))
 """Candidates for a clipped range, as a part of the full one; the full range is always a candidate too."""
-MAX_SEARCH_ROWS = 1024
+MAX_SEARCH_ROWS = 512
 """Rows of the weights looked at by the scale search, evenly spread: a scale is shared by all rows, so a sample ranks it."""
 MAX_SCALE_RATIO = 2.0**8
 """Scales lie within this factor of one, so that nothing folded by them leaves fp16's normal range."""
