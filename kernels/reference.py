@@ -1,7 +1,7 @@
 """Every op in plain PyTorch: the oracle of the tests and the back end of last resort.
 
 Weights, activations and the KV cache are fp32. A row's result does not depend on the batch around it: matmuls are padded to a
-multiple of 16 rows, for which the BLAS under torch treats every row alike, and attention sums in an order fixed by position.
+multiple of ROW_MULTIPLE rows, for which the BLAS under torch treats every row alike, and attention sums in an order fixed by position.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,7 +30,8 @@ from kernels.backend import (
 )
 from kernels.format import AwqWeight, DenseWeight
 
-ROW_MULTIPLE = 16
+ROW_MULTIPLE = 8
+"""Rows that every matmul is padded to: the least for which the BLAS gives each row the same bits in any batch."""
 KEY_BLOCK = 64
 """Keys per step of the online softmax, aligned to position 0."""
 KEY_SEGMENT = 256
@@ -143,7 +145,12 @@ class ReferenceBackend:
 
     def allocate_kv(self, spec: KVCacheSpec) -> list[KVCache]:
         shape = (spec.num_blocks * spec.block_size, spec.num_kv_heads, spec.head_dim)
-        return [DenseKVCache(torch.zeros(shape), torch.zeros(shape), spec.block_size) for _ in range(spec.num_layers)]
+
+        def pool() -> Tensor:
+            # numpy's zeros come from calloc: pages that no token has been written to take no memory.
+            return torch.from_numpy(np.zeros(shape, dtype=np.float32))
+
+        return [DenseKVCache(pool(), pool(), spec.block_size) for _ in range(spec.num_layers)]
 
     def kv_block_nbytes(self, spec: KVCacheSpec) -> int:
         return spec.num_layers * spec.block_size * spec.num_kv_heads * spec.head_dim * 2 * 4

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from kernels.format import AWQ_TENSORS, AwqWeight
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 320,
@@ -67,7 +71,7 @@ def load_reference(directory: Path) -> torch.nn.Module:
 
 
 @torch.no_grad()
-def reference_logits(model: torch.nn.Module, token_ids: list[int]) -> Tensor:
+def reference_logits(model: torch.nn.Module, token_ids: list[int]) -> torch.Tensor:
     return model(torch.tensor([token_ids])).logits[0].float()
 
 
@@ -78,3 +82,54 @@ def reference_greedy(model: torch.nn.Module, prompt: list[int], num_tokens: int)
     for _ in range(num_tokens):
         tokens.append(int(reference_logits(model, tokens)[-1].argmax()))
     return tokens[len(prompt) :]
+
+
+@torch.no_grad()
+def cached_greedy(model: torch.nn.Module, prompt: list[int], num_tokens: int) -> list[int]:
+    """Greedy continuation with transformers' own KV cache, past the end-of-sequence token."""
+    result = model(torch.tensor([prompt]), use_cache=True)
+    tokens: list[int] = []
+    while True:
+        tokens.append(int(result.logits[0, -1].argmax()))
+        if len(tokens) == num_tokens:
+            return tokens
+        result = model(torch.tensor([tokens[-1:]]), past_key_values=result.past_key_values, use_cache=True)
+
+
+def add_tokenizer(directory: Path) -> None:
+    """A byte-level BPE of 320 tokens, trained on a few sentences."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(
+        ["the quick brown fox jumps over the lazy dog " * 4, "this is that and there it is"], trainer
+    )
+    tokenizer.save(str(directory / "tokenizer.json"))
+
+
+def dequantized_model(directory: Path) -> torch.nn.Module:
+    """An AWQ checkpoint as a plain fp32 transformers model, its weights dequantized here."""
+    config = transformers.AutoConfig.from_pretrained(directory)
+    del config.quantization_config
+    group_size = json.loads((directory / "config.json").read_text())["quantization_config"]["group_size"]
+    tensors = {name: t for file in sorted(directory.glob("*.safetensors")) for name, t in load_file(file).items()}
+    dense = {}
+    for name, tensor in tensors.items():
+        module, _, kind = name.rpartition(".")
+        if kind == "qweight":
+            parts = {key: tensors[f"{module}.{key}"] for key in AWQ_TENSORS}
+            dense[f"{module}.weight"] = AwqWeight.from_tensors(module, parts, group_size).dequantize()
+        elif kind not in AWQ_TENSORS:
+            dense[name] = tensor.float()
+    config._attn_implementation = "eager"
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    missing, unexpected = model.load_state_dict(dense, strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
+    model.tie_weights()
+    return model.eval()
