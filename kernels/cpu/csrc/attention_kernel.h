@@ -46,6 +46,7 @@ struct TileState {
   float* accumulator;  // [rows][head_dim]
   float* sums;         // [rows][8]: lane-wise sums of the weights
   float* maxima;       // [rows]
+  int32_t* positions;  // [rows]
   int head_dim;
 };
 
@@ -55,10 +56,13 @@ AWQ_INLINE int find_block(const AttentionTask& task, int first_key, KeyBlock<Ele
   const int left = task.num_keys - first_key, num_keys = left < kKeyBlock ? left : kKeyBlock;
   const int num_groups = (num_keys + kLanes - 1) / kLanes;
   const int64_t plane = static_cast<int64_t>(kv.head_dim) * kv.block_size;
-  for (int group = 0; group < num_groups; ++group) {
-    const int position = first_key + group * kLanes;
-    const int64_t row = static_cast<int64_t>(task.block_table[position / kv.block_size]) * kv.num_kv_heads + task.kv_head;
-    const int offset = position % kv.block_size;
+  int table_entry = first_key / kv.block_size, offset = first_key % kv.block_size;
+  for (int group = 0; group < num_groups; ++group, offset += kLanes) {
+    if (offset == kv.block_size) {
+      offset = 0;
+      ++table_entry;
+    }
+    const int64_t row = static_cast<int64_t>(task.block_table[table_entry]) * kv.num_kv_heads + task.kv_head;
     block.keys[group] = static_cast<const typename Element::type*>(kv.keys) + row * plane + offset;
     block.values[group] = static_cast<const typename Element::type*>(kv.values) + row * plane + int64_t{offset} * kv.head_dim;
     if (Element::kScaled) {
@@ -80,14 +84,21 @@ AWQ_INLINE void score_groups(const float* q, int head_dim, const typename Elemen
   const typename Element::type* pointers[C];
   for (int c = 0; c < C; ++c) pointers[c] = keys[c];
   for (int d = 0; d < head_dim; ++d) {
+    F8 query[R];
+    if (R < C)  // the smaller side stays in registers: sums, that side and one vector of the other are 16 at most
+      for (int r = 0; r < R; ++r) query[r] = set8(q[r * head_dim + d]);
     F8 key[C];
     for (int c = 0; c < C; ++c) {
       key[c] = Element::load(pointers[c]);
       pointers[c] += key_stride;
+      if (R < C)
+        for (int r = 0; r < R; ++r) sums[r][c] = fma8(query[r], key[c], sums[r][c]);
     }
-    for (int r = 0; r < R; ++r) {
-      const F8 query = set8(q[r * head_dim + d]);
-      for (int c = 0; c < C; ++c) sums[r][c] = fma8(query, key[c], sums[r][c]);
+    if (R >= C) {
+      for (int r = 0; r < R; ++r) {
+        const F8 broadcast = set8(q[r * head_dim + d]);
+        for (int c = 0; c < C; ++c) sums[r][c] = fma8(broadcast, key[c], sums[r][c]);
+      }
     }
   }
   for (int r = 0; r < R; ++r)
@@ -106,11 +117,19 @@ AWQ_INLINE void weigh_columns(const float* weights, const float* factors, const 
     const int group = key / kLanes, stop = (group + 1) * kLanes < end_key ? (group + 1) * kLanes : end_key;
     const typename Element::type* row = values[group] + int64_t{key % kLanes} * head_dim + column;
     for (; key < stop; ++key, row += head_dim) {
-      F8 value[C];
-      for (int c = 0; c < C; ++c) value[c] = Element::load(row + c * kLanes);
-      for (int r = 0; r < R; ++r) {
-        const F8 weight = set8(weights[r * kKeyBlock + key]);
-        for (int c = 0; c < C; ++c) sums[r][c] = fma8(weight, value[c], sums[r][c]);
+      F8 weight[R], value[C];
+      if (R < C)
+        for (int r = 0; r < R; ++r) weight[r] = set8(weights[r * kKeyBlock + key]);
+      for (int c = 0; c < C; ++c) {
+        value[c] = Element::load(row + c * kLanes);
+        if (R < C)
+          for (int r = 0; r < R; ++r) sums[r][c] = fma8(weight[r], value[c], sums[r][c]);
+      }
+      if (R >= C) {
+        for (int r = 0; r < R; ++r) {
+          const F8 broadcast = set8(weights[r * kKeyBlock + key]);
+          for (int c = 0; c < C; ++c) sums[r][c] = fma8(broadcast, value[c], sums[r][c]);
+        }
       }
     }
   }
@@ -155,8 +174,7 @@ struct KeyRange {
   int begin, end;
 };
 
-AWQ_INLINE KeyRange visible_keys(const AttentionTask& task, int row, int first_key) {
-  const int position = task.first_position + row / task.group;
+AWQ_INLINE KeyRange visible_keys(const AttentionTask& task, int position, int first_key) {
   const int end = position + 1 - first_key, begin = task.window ? end - task.window : 0;
   return {begin > 0 ? begin : 0, end < kKeyBlock ? end : kKeyBlock};
 }
@@ -174,7 +192,7 @@ AWQ_INLINE bool holds_nonfinite(const KeyBlock<Int8Element>&, int, int) { return
 
 // Scores to weights of one row: masks, updates maximum and sum, leaves exp2(score - maximum) in `scores` (0 where masked; times the
 // values' scales where they have any). `groups` covers [range.begin, range.end).
-template <class Element>
+template <class Element, bool kMasked>
 AWQ_INLINE float row_maximum(const AttentionTask& task, const KeyBlock<Element>& block, KeyRange range, int first_group,
                              int end_group, float* scores) {
   const I8 lane = {0, 1, 2, 3, 4, 5, 6, 7};
@@ -186,15 +204,17 @@ AWQ_INLINE float row_maximum(const AttentionTask& task, const KeyBlock<Element>&
       const F8 cap = set8(task.soft_cap);
       score = cap * tanh_8(score / cap) * set8(kLog2E);
     }
-    const I8 key = lane + group * kLanes;
-    score = select8((key >= range.begin) & (key < range.end), score, set8(-__builtin_inff()));
-    store8(scores + group * kLanes, score);
+    if (kMasked) {
+      const I8 key = lane + group * kLanes;
+      score = select8((key >= range.begin) & (key < range.end), score, set8(-__builtin_inff()));
+    }
+    if (kMasked || Element::kScaled || task.soft_cap > 0.0f) store8(scores + group * kLanes, score);
     maximum = max8(score, maximum);
   }
   return max_lane8(maximum);
 }
 
-template <class Element>
+template <class Element, bool kMasked>
 AWQ_INLINE void row_weights(const KeyBlock<Element>& block, KeyRange range, int first_group, int end_group, float maximum,
                             float factor, float* sums, float* scores) {
   const I8 lane = {0, 1, 2, 3, 4, 5, 6, 7};
@@ -203,12 +223,40 @@ AWQ_INLINE void row_weights(const KeyBlock<Element>& block, KeyRange range, int 
     const I8 key = lane + group * kLanes;
     const I8 visible = (key >= range.begin) & (key < range.end);
     F8 weight = exp2_nonpositive8(load8(scores + group * kLanes) - set8(maximum));
-    weight = select8(visible, weight, set8(0.0f));
+    if (kMasked) weight = select8(visible, weight, set8(0.0f));
     sum = sum + weight;
-    if (Element::kScaled) weight = select8(visible, weight * load8(block.value_scales + group * kLanes), set8(0.0f));
+    if (Element::kScaled) weight = weight * load8(block.value_scales + group * kLanes);
+    if (Element::kScaled && kMasked) weight = select8(visible, weight, set8(0.0f));
     store8(scores + group * kLanes, weight);
   }
   store8(sums, sum);
+}
+
+// Scores of R rows to weights, with what the running maxima and sums make of them. factor[r] is what r's sums so far shrink by.
+template <class Element, int R, bool kMasked>
+AWQ_INLINE void softmax_rows(const AttentionTask& task, const KeyBlock<Element>& block, const KeyRange* ranges, int first_group,
+                             int end_group, int row, TileState& state, float* scores, float* factor) {
+  F8 old_maxima = set8(0.0f), new_maxima = set8(0.0f);
+  for (int r = 0; r < R; ++r) {
+    const float old = state.maxima[row + r];
+    float maximum = old;
+    if (!kMasked || ranges[r].end > 0) {
+      maximum = row_maximum<Element, kMasked>(task, block, ranges[r], first_group, end_group, scores + r * kKeyBlock);
+      maximum = old > maximum ? old : maximum;
+    }
+    old_maxima[r] = old;
+    new_maxima[r] = maximum;
+    state.maxima[row + r] = maximum;
+  }
+  // Where the maximum stands, the factor is exactly 1 and the update an exact no-op.
+  F8 factors = exp2_nonpositive8(old_maxima - new_maxima);
+  if (kMasked)
+    for (int r = 0; r < R; ++r)
+      if (ranges[r].end == 0) factors[r] = 1.0f;
+  store8(factor, factors);
+  for (int r = 0; r < R; ++r)
+    row_weights<Element, kMasked>(block, ranges[r], first_group, end_group, new_maxima[r], factor[r],
+                                  state.sums + (row + r) * kLanes, scores + r * kKeyBlock);
 }
 
 // One block of keys for R rows from `row` on.
@@ -218,7 +266,7 @@ AWQ_INLINE void attend_rows(const AttentionTask& task, const KeyBlock<Element>& 
   KeyRange ranges[R], hull = {kKeyBlock, 0};
   bool uniform = true;
   for (int r = 0; r < R; ++r) {
-    ranges[r] = visible_keys(task, row + r, first_key);
+    ranges[r] = visible_keys(task, state.positions[row + r], first_key);
     if (ranges[r].end <= ranges[r].begin) ranges[r] = {0, 0};
     uniform = uniform && ranges[r].begin == ranges[0].begin && ranges[r].end == ranges[0].end;
     if (ranges[r].end == 0) continue;
@@ -228,30 +276,13 @@ AWQ_INLINE void attend_rows(const AttentionTask& task, const KeyBlock<Element>& 
   if (hull.end <= hull.begin) return;
   const int first_group = hull.begin / kLanes, end_group = (hull.end + kLanes - 1) / kLanes;
   const int head_dim = state.head_dim;
-  alignas(32) float scores[R * kKeyBlock + 3 * kLanes];
+  alignas(32) float scores[R * kKeyBlock + 3 * kLanes], factor[kLanes];
   score_rows<Element, R>(state.q + row * head_dim, head_dim, block, task.kv->block_size, first_group, end_group, scores);
-
-  F8 old_maxima = set8(0.0f), new_maxima = set8(0.0f);
-  for (int r = 0; r < R; ++r) {
-    const float old = state.maxima[row + r];
-    float maximum = old;
-    if (ranges[r].end > 0) {
-      maximum = row_maximum(task, block, ranges[r], first_group, end_group, scores + r * kKeyBlock);
-      maximum = old > maximum ? old : maximum;
-    }
-    old_maxima[r] = old;
-    new_maxima[r] = maximum;
-    state.maxima[row + r] = maximum;
+  if (uniform && hull.begin == 0 && hull.end == kKeyBlock) {
+    softmax_rows<Element, R, false>(task, block, ranges, 0, kKeyGroups, row, state, scores, factor);
+  } else {
+    softmax_rows<Element, R, true>(task, block, ranges, first_group, end_group, row, state, scores, factor);
   }
-  // Where the maximum stands, the factor is exactly 1 and the update an exact no-op.
-  F8 factors = exp2_nonpositive8(old_maxima - new_maxima);
-  for (int r = 0; r < R; ++r)
-    if (ranges[r].end == 0) factors[r] = 1.0f;
-  alignas(32) float factor[kLanes];
-  store8(factor, factors);
-  for (int r = 0; r < R; ++r)
-    row_weights(block, ranges[r], first_group, end_group, new_maxima[r], factor[r], state.sums + (row + r) * kLanes,
-                scores + r * kKeyBlock);
   float* accumulator = state.accumulator + row * head_dim;
   if (uniform || !nonfinite) {
     weigh_rows<Element, R>(scores, factor, block, hull.begin, hull.end, head_dim, accumulator);
@@ -330,21 +361,32 @@ void attend_tile(const AttentionTask& task, float* scratch) {
   const int head_dim = task.kv->head_dim, num_rows = task.num_tokens * task.group;
   TileState state;
   state.head_dim = head_dim;
+  // Set apart by more than whole pages: equal low address bits would make loads wait for unrelated stores.
+  const int64_t stride = static_cast<int64_t>(num_rows) * head_dim + awq_cpu::kScratchSkew;
   state.q = scratch;
-  state.accumulator = state.q + num_rows * head_dim;
-  float* totals = state.accumulator + num_rows * head_dim;
-  state.sums = totals + num_rows * head_dim;
+  state.accumulator = state.q + stride;
+  float* totals = state.accumulator + stride;
+  state.sums = totals + stride;
   state.maxima = state.sums + num_rows * kLanes;
   float* total_maxima = state.maxima + num_rows;
   float* total_sums = total_maxima + num_rows;
-  bool* any = reinterpret_cast<bool*>(total_sums + num_rows);
+  state.positions = reinterpret_cast<int32_t*>(total_sums + num_rows);
+  bool* any = reinterpret_cast<bool*>(state.positions + num_rows);
 
   // exp2 instead of exp: the factor goes into the queries, or after the soft cap.
   const F8 scale = set8(task.soft_cap > 0.0f ? task.scale : task.scale * kLog2E);
   for (int row = 0; row < num_rows; ++row) {
     const float* q = task.q + (row / task.group) * task.q_stride + (row % task.group) * head_dim;
     for (int d = 0; d < head_dim; d += kLanes) store8(state.q + row * head_dim + d, load8(q + d) * scale);
+    state.positions[row] = task.first_position + row / task.group;
     any[row] = false;
+  }
+  if (task.num_segments == 1 && task.partials == nullptr) {  // folding into nothing copies
+    attend_segment<Element>(task, task.first_segment, num_rows, state);
+    for (int row = 0; row < num_rows; ++row)
+      finish_row(state.accumulator + row * head_dim, sum8(load8(state.sums + row * kLanes)), head_dim,
+                 task.output + (row / task.group) * task.output_stride + (row % task.group) * head_dim);
+    return;
   }
   for (int segment = task.first_segment; segment < task.first_segment + task.num_segments; ++segment) {
     attend_segment<Element>(task, segment, num_rows, state);

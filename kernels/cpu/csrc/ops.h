@@ -78,8 +78,9 @@ struct OpsTable {
 };
 
 // Floats of scratch that `attend` needs per thread.
+constexpr int kScratchSkew = 208;
 inline size_t attention_scratch_floats(int rows, int head_dim) {
-  return static_cast<size_t>(rows) * (3 * head_dim + 8 + 6) + 64;
+  return static_cast<size_t>(rows) * (3 * head_dim + 8 + 6) + 3 * kScratchSkew;
 }
 
 const OpsTable& ops_generic();

@@ -66,20 +66,6 @@ AWQ_INLINE float max_lane8(F8 v) {
   return v[0];
 }
 
-AWQ_INLINE float scalar_half_to_float(uint16_t h) {
-  const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, magnitude = static_cast<uint32_t>(h & 0x7fff) << 13;
-  // Exponents are rebased by a multiplication, which handles subnormals; Inf and NaN need their exponent set.
-  uint32_t bits = magnitude;
-  float value;
-  __builtin_memcpy(&value, &bits, 4);
-  value *= 0x1p112f;
-  __builtin_memcpy(&bits, &value, 4);
-  if ((h & 0x7c00) == 0x7c00) bits = 0x7f800000u | magnitude;
-  bits |= sign;
-  __builtin_memcpy(&value, &bits, 4);
-  return value;
-}
-
 // To nearest even; past the range to Inf.
 AWQ_INLINE uint16_t scalar_float_to_half(float value) {
   uint32_t bits;
@@ -103,9 +89,13 @@ AWQ_INLINE F8 load_half8(const uint16_t* p) {
 #if AWQ_SIMD_AVX2
   return (F8)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
-  F8 v;
-  for (int i = 0; i < kLanes; ++i) v[i] = scalar_half_to_float(p[i]);
-  return v;
+  // Exponents are rebased by a multiplication, which handles subnormals; Inf and NaN need theirs set.
+  U8 bits;
+  for (int i = 0; i < kLanes; ++i) bits[i] = p[i];
+  const U8 magnitude = (bits & 0x7fffu) << 13;
+  const U8 value = (U8)((F8)magnitude * set8(0x1p112f));
+  const U8 special = (U8)((bits & 0x7c00u) == 0x7c00u);
+  return (F8)(((special & (magnitude | 0x7f800000u)) | (~special & value)) | ((bits & 0x8000u) << 16));
 #endif
 }
 AWQ_INLINE void store_half8(uint16_t* p, F8 v) {
