@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import queue
+import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 import httpx
+import uvicorn
 from prometheus_client import CollectorRegistry
 from tokenizers import Tokenizer as HfTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -166,6 +171,58 @@ class Edge:
 
 def echo_engine(max_model_len: int = 512, **options: Any) -> EchoEngine:
     return EchoEngine(EngineInfo(0, max_model_len, 64, 16, "fake"), **options)
+
+
+@contextmanager
+def served_edge(engine: EchoEngine | None = None, **context_fields: Any) -> Iterator[tuple[str, Edge]]:
+    """`running_edge` behind a real HTTP server in a thread: its URL and the edge."""
+    ready: queue.SimpleQueue[tuple[str, Edge] | BaseException] = queue.SimpleQueue()
+    done = threading.Event()
+
+    async def serve() -> None:
+        async with running_edge(engine, **context_fields) as edge:
+            listener = socket.create_server(("127.0.0.1", 0))
+            config = uvicorn.Config(edge.app, lifespan="off", log_level="warning", timeout_graceful_shutdown=2)
+            server = uvicorn.Server(config)
+            serving = asyncio.ensure_future(server.serve(sockets=[listener]))
+            while not server.started:
+                await asyncio.sleep(0.002)
+            ready.put((f"http://127.0.0.1:{listener.getsockname()[1]}", edge))
+            await asyncio.to_thread(done.wait)
+            server.should_exit = True
+            await serving
+
+    def run() -> None:
+        try:
+            asyncio.run(serve())
+        except BaseException as error:
+            ready.put(error)
+            raise
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    started = ready.get(timeout=30)
+    try:
+        if isinstance(started, BaseException):
+            raise started
+        yield started
+    finally:
+        done.set()
+        thread.join(30)
+
+
+def sse_events(text: str) -> list[dict[str, Any]]:
+    """The events of a stream, which must end in `[DONE]`."""
+    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the condition never held"
+        time.sleep(0.005)
 
 
 @asynccontextmanager
