@@ -363,10 +363,14 @@ class BackendOptions:
 
     num_threads: int = 0
     kv_cache_dtype: str = "auto"
-    cpu_activations: Literal["int8", "int16"] = "int8"
+    cpu_activations: str = "int8"
     """Into quantized linears on the CPU: int8 with a scale per token and 32 channels, int16 with one per token and 128."""
-    lm_head_dtype: Literal["auto", "int8", "int4", "fp16"] = "auto"
+    lm_head_dtype: str = "auto"
     """Of an unquantized lm_head on the CPU; "auto" is int8."""
+
+
+CPU_ACTIVATIONS = ("int8", "int16")
+LM_HEAD_DTYPES = ("auto", "int8", "int4", "fp16")
 
 
 def create_backend(name: str, options: BackendOptions) -> Backend:
@@ -376,6 +380,12 @@ def create_backend(name: str, options: BackendOptions) -> Backend:
     """
     if name not in BACKEND_NAMES:
         raise ValueError(f"kernel backend {name!r}: expected one of {', '.join(BACKEND_NAMES)}")
+    for option, value, allowed in (
+        ("cpu_activations", options.cpu_activations, CPU_ACTIVATIONS),
+        ("lm_head_dtype", options.lm_head_dtype, LM_HEAD_DTYPES),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{option} {value!r}: expected one of {', '.join(allowed)}")
     if name in ("auto", "cpu"):
         backend, reason = _create_cpu(options)
         if backend is not None:

@@ -1,7 +1,8 @@
 """Every op in plain PyTorch: the oracle of the tests and the back end of last resort.
 
 Weights, activations and the KV cache are fp32. A row's result does not depend on the batch around it: matmuls are padded to a
-multiple of ROW_MULTIPLE rows, for which the BLAS under torch treats every row alike, and attention sums in an order fixed by position.
+multiple of ROW_MULTIPLE rows, for which the BLAS under torch treats every row alike, and attention sums in an order fixed by
+position.
 """
 
 from __future__ import annotations

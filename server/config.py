@@ -17,7 +17,9 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     kernel_backend: str = "auto"
     threads: int = 0  # 0: the physical cores this process may use
-    kv_cache_dtype: str = "auto"
+    kv_cache_dtype: str = "auto"  # "auto", "fp16" or "int8"; the reference back end keeps it in fp32
+    cpu_activations: str = "int8"  # into quantized linears on the CPU: "int8" or, with more precision, "int16"
+    lm_head_dtype: str = "auto"  # of an unquantized lm_head on the CPU: "auto" (int8), "int8", "int4" or "fp16"
     kv_cache_memory_bytes: int | None = None
     memory_utilization: float = 0.9  # share of the memory limit that weights, KV cache and workspace may take together
     seed: int | None = None  # of requests that bring none; None: entropy

@@ -90,7 +90,12 @@ def build_engine(config: EngineConfig, epoch: int = 0) -> Engine:
             f"--max-num-batched-tokens {max_batched} is less than --max-num-seqs {config.max_num_seqs}: "
             "a step must hold one token of every running sequence"
         )
-    options = BackendOptions(num_threads=config.threads, kv_cache_dtype=config.kv_cache_dtype)
+    options = BackendOptions(
+        num_threads=config.threads,
+        kv_cache_dtype=config.kv_cache_dtype,
+        cpu_activations=config.cpu_activations,
+        lm_head_dtype=config.lm_head_dtype,
+    )
     backend = create_backend(config.kernel_backend, options)
     longest = config.max_model_len or model.max_context
     decoder = load_decoder(model_dir, model, backend, longest)

@@ -36,6 +36,7 @@ class Runner:
     ) -> None:
         self.backend = backend
         self.block_size = kv_spec.block_size
+        self.vocab_size = decoder.config.vocab_size
         max_blocks = -(-max_model_len // kv_spec.block_size)
         self.batch = ForwardBatch.allocate(
             max_num_batched_tokens, max_num_seqs, max_blocks, max_num_seqs, backend.device
