@@ -109,6 +109,7 @@ class EngineClient:
         self._outbox: queue.SimpleQueue[EngineInput | None] = queue.SimpleQueue()
         self._mailboxes: dict[str, Mailbox] = {}  # requests that someone listens to
         self._unfinished: set[str] = set()  # requests that the engine still holds, aborted ones included
+        self._threads: list[threading.Thread] = []
         self._idle = asyncio.Event()
         self._idle.set()
         self._ended = asyncio.Event()
@@ -135,7 +136,9 @@ class EngineClient:
         loop = asyncio.get_running_loop()
         self._started = loop.create_future()
         for target, name in ((self._read, "engine-reader"), (self._write, "engine-writer")):
-            threading.Thread(target=target, args=(loop, self._handle), name=name, daemon=True).start()
+            thread = threading.Thread(target=target, args=(loop, self._handle), name=name, daemon=True)
+            thread.start()
+            self._threads.append(thread)
         self.info = await self._started
         return self.info
 
@@ -176,25 +179,26 @@ class EngineClient:
         if self._handle is None:
             return
         self._outbox.put(Shutdown(drain=False))
-        if self._started is not None and self.info is not None:
+        self._outbox.put(None)
+        if self.info is not None:  # one that still loads does not listen
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._ended.wait(), timeout)
-        await asyncio.to_thread(self._close, self._handle)
-        self._outbox.put(None)
-        self._handle = None
+        await asyncio.to_thread(self.close)
 
     def close(self) -> None:
         """`stop` for when no event loop runs (again): nobody is told anything, the engine just ends."""
-        if self._handle is not None:
-            self._close(self._handle)
-            self._handle = None
-
-    @staticmethod
-    def _close(handle: EngineHandle) -> None:
+        if self._handle is None:
+            return
+        handle, self._handle = self._handle, None
         if handle.exit_code() is None:
-            handle.join(0.5)
+            # One that has ended by itself needs a moment to go; one that loads would not hear of it for long.
+            handle.join(5.0 if self._state is EngineState.DEAD else 0.2)
+        if handle.exit_code() is None:
             handle.kill()
             handle.join(2.0)
+        codec.hang_up(handle.connection)
+        for thread in self._threads:
+            thread.join(1.0)
         handle.connection.close()
 
     def _why_unavailable(self) -> str:

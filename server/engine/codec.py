@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import socket
+from multiprocessing.connection import Connection
 from typing import Any
 
 import msgspec
@@ -41,3 +45,12 @@ def decode(data: bytes) -> Any:
     if not data or data[0] >= len(_DECODERS):
         raise ValueError(f"not an engine message: starts with {data[:1]!r}")
     return _DECODERS[data[0]].decode(memoryview(data)[1:])
+
+
+def hang_up(connection: Connection) -> None:
+    """End the pipe for both sides, and for threads that wait on it here, which `Connection.close` alone does not wake.
+
+    Close only after those threads have ended: the descriptor's number may belong to another pipe a moment later.
+    """
+    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as pipe:
+        pipe.shutdown(socket.SHUT_RDWR)

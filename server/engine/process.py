@@ -6,14 +6,12 @@ the child and `--in-process` (a thread with a pipe of its own), so that the two 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import multiprocessing
 import os
 import queue
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -190,14 +188,10 @@ def serve_engine(build: Callable[[], Engine], connection: Connection, epoch: int
     finally:
         if engine is not None:
             engine.close()
-        _hang_up(connection)
-
-
-def _hang_up(connection: Connection) -> None:
-    """Ends the pipe for both sides. `close` alone does not while the reader thread waits in the kernel on the same pipe."""
-    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as pipe:
-        pipe.shutdown(socket.SHUT_RDWR)
-    connection.close()
+        codec.hang_up(connection)
+        if not exit_when_orphaned:
+            reader.join(1.0)
+        connection.close()
 
 
 def _report_failure(connection: Connection, epoch: int, error: str) -> None:

@@ -167,6 +167,7 @@ class Edge:
     context: ApiContext
     app: Any
     http: httpx.AsyncClient
+    loop: asyncio.AbstractEventLoop
 
 
 def echo_engine(max_model_len: int = 512, **options: Any) -> EchoEngine:
@@ -257,7 +258,7 @@ async def running_edge(
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://edge", timeout=20) as http:
         try:
-            yield Edge(engine, client, context, app, http)
+            yield Edge(engine, client, context, app, http, asyncio.get_running_loop())
         finally:
             engine.gate.set()
             await client.stop()
