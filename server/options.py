@@ -274,7 +274,7 @@ def _read_file(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise OptionError(f"--config {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise OptionError(f"--config {path}: not valid YAML: {error}") from None
+        raise OptionError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise OptionError(f"--config {path}: expected `option: value` lines, found a {type(content).__name__}")
     values: dict[str, Any] = {}

@@ -92,6 +92,7 @@ class EchoEngine:
     submitted: list[GenerateRequest] = field(default_factory=list)
     aborted: list[tuple[str, AbortReason]] = field(default_factory=list)
     is_closed: bool = False
+    before_step: Callable[[], None] | None = None
     _events: list[TokenEvent] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -114,6 +115,8 @@ class EchoEngine:
 
     def step(self) -> StepOutput:
         self.gate.wait(30)
+        if self.before_step is not None:
+            self.before_step()
         if self.step_seconds:
             time.sleep(self.step_seconds)
         events, self._events = self._events, []
