@@ -16,8 +16,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import httpx
-
 from server.load import (
     FALLBACK_VOCAB_SIZE,
     LoadError,
@@ -28,6 +26,7 @@ from server.load import (
     make_requests,
     run_load,
 )
+from server.sse_client import ClientError, SseClient
 
 _DESCRIPTION = """\
 Measure an OpenAI-compatible server with streamed completions.
@@ -132,22 +131,19 @@ async def run_bench(
 ) -> tuple[dict[str, Any], list[Sample]]:
     """Measure. Raises LoadError when the server cannot be reached or refuses the first request."""
     headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     base_url = url.rstrip("/").removesuffix("/v1")
-    async with httpx.AsyncClient(
-        base_url=base_url, headers=headers, limits=limits, timeout=timeout, trust_env=False
-    ) as client:
-        name, served_vocab_size = await find_model(client, model)
-        vocab_size = vocab_size or served_vocab_size or FALLBACK_VOCAB_SIZE
-        requests = make_requests(workload, vocab_size)
-        # A prompt of its own: one of the measured prompts would be in the prefix cache then.
-        [(probe, _)] = make_requests(replace(_PROBE, as_text=workload.as_text, seed=workload.seed + 2), vocab_size)
-        target = Target(client, name, workload.temperature)
-        await target.probe(probe)
-        begin = time.monotonic()
-        samples = await run_load(target, workload, requests)
-        summary = {"url": base_url, "model": name} | _settings(workload) | summarize(samples, time.monotonic() - begin)
-        return summary, samples
+    client = SseClient(base_url, headers, timeout)
+    name, served_vocab_size = await find_model(base_url, headers, model)
+    vocab_size = vocab_size or served_vocab_size or FALLBACK_VOCAB_SIZE
+    requests = make_requests(workload, vocab_size)
+    # A prompt of its own: one of the measured prompts would be in the prefix cache then.
+    [(probe, _)] = make_requests(replace(_PROBE, as_text=workload.as_text, seed=workload.seed + 2), vocab_size)
+    target = Target(client, name, workload.temperature)
+    await target.probe(probe)
+    begin = time.monotonic()
+    samples = await run_load(target, workload, requests)
+    summary = {"url": base_url, "model": name} | _settings(workload) | summarize(samples, time.monotonic() - begin)
+    return summary, samples
 
 
 def _settings(workload: Workload) -> dict[str, Any]:
@@ -256,7 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         summary, samples = asyncio.run(
             run_bench(options.url, workload, options.model, options.vocab_size, options.api_key, options.timeout)
         )
-    except (LoadError, httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
+    except (LoadError, ClientError) as error:
         print(f"awq-bench: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -6,11 +6,15 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
+import msgspec
+from msgspec import Struct
+
+from server.sse_client import ClientError, SseClient
 
 FALLBACK_VOCAB_SIZE = 30_000  # of servers that do not tell; most models have more
 
@@ -94,10 +98,36 @@ def make_requests(workload: Workload, vocab_size: int) -> list[tuple[list[int] |
     return requests
 
 
+class _Choice(Struct):
+    text: str | None = None
+    finish_reason: str | None = None
+
+
+class _PromptDetails(Struct):
+    cached_tokens: int | None = None
+
+
+class _Usage(Struct):
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    prompt_tokens_details: _PromptDetails | None = None
+
+
+class _Chunk(Struct):
+    """What counts in a chunk of a streamed completion."""
+
+    choices: list[_Choice] | None = None
+    usage: _Usage | None = None
+    error: Any = None
+
+
+_CHUNK_DECODER = msgspec.json.Decoder(_Chunk)
+
+
 class Target:
     """The server under load. `probe` first: it finds out which fields the server takes."""
 
-    def __init__(self, client: httpx.AsyncClient, model: str, temperature: float) -> None:
+    def __init__(self, client: SseClient, model: str, temperature: float) -> None:
         self._client = client
         self._model = model
         self._temperature = temperature
@@ -125,47 +155,32 @@ class Target:
             "stream": True,
             **self._optional,
         }
+        data = msgspec.json.encode(body)
         sample = Sample(time.monotonic(), num_asked_tokens=num_tokens)
         try:
-            async with self._client.stream("POST", "/v1/completions", json=body) as response:
-                if response.status_code != 200:
-                    sample.error = (
-                        f"HTTP {response.status_code}: {(await response.aread()).decode(errors='replace')[:500]}"
-                    )
-                else:
-                    async for event in _events(response):
-                        _record(sample, event)
-                    if not sample.chunk_times and sample.error is None:
-                        sample.error = "the stream held no tokens"
-        except (httpx.HTTPError, ValueError) as error:
-            sample.error = f"{type(error).__name__}: {error}"
+            async for payload in self._client.post("/v1/completions", data):
+                _record(sample, _CHUNK_DECODER.decode(payload))
+            if not sample.chunk_times and sample.error is None:
+                sample.error = "the stream held no tokens"
+        except (ClientError, msgspec.MsgspecError) as error:
+            sample.error = str(error)
         sample.end = time.monotonic()
         return sample
 
 
-async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
-    """The JSON of each `data:` line up to `[DONE]`."""
-    rest = b""
-    async for data in response.aiter_bytes():
-        *lines, rest = (rest + data).split(b"\n")
-        for line in lines:
-            if line.startswith(b"data:") and (payload := line[5:].strip()) != b"[DONE]":
-                yield json.loads(payload)
-
-
-def _record(sample: Sample, event: dict[str, Any]) -> None:
-    if event.get("error"):
-        sample.error = json.dumps(event["error"])
-    if event.get("choices"):
-        choice = event["choices"][0]
+def _record(sample: Sample, chunk: _Chunk) -> None:
+    if chunk.error:
+        sample.error = json.dumps(chunk.error)
+    if chunk.choices:
+        choice = chunk.choices[0]
         # A bare end (no text, only a finish reason) is no token, except as the only chunk of a request.
-        if choice.get("text") or choice.get("finish_reason") is None or not sample.chunk_times:
+        if choice.text or choice.finish_reason is None or not sample.chunk_times:
             sample.chunk_times.append(time.monotonic())
-    usage = event.get("usage")
-    if usage:
-        sample.num_prompt_tokens = usage.get("prompt_tokens")
-        sample.num_output_tokens = usage.get("completion_tokens")
-        sample.num_cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+    if chunk.usage is not None:
+        sample.num_prompt_tokens = chunk.usage.prompt_tokens
+        sample.num_output_tokens = chunk.usage.completion_tokens
+        details = chunk.usage.prompt_tokens_details
+        sample.num_cached_tokens = 0 if details is None else details.cached_tokens or 0
 
 
 async def run_load(target: Target, workload: Workload, requests: Sequence[tuple[list[int] | str, int]]) -> list[Sample]:
@@ -185,19 +200,20 @@ async def run_load(target: Target, workload: Workload, requests: Sequence[tuple[
     return await asyncio.gather(*tasks)
 
 
-async def find_model(client: httpx.AsyncClient, wanted: str | None) -> tuple[str, int | None]:
-    """The model's name, and its vocabulary's size where the server tells."""
+async def find_model(base_url: str, headers: Mapping[str, str], wanted: str | None) -> tuple[str, int | None]:
+    """The model's name, and its vocabulary's size where the server tells. Raises LoadError."""
     try:
-        response = await client.get("/v1/models")
+        async with httpx.AsyncClient(headers=headers, timeout=30, trust_env=False) as client:
+            response = await client.get(f"{base_url}/v1/models")
         response.raise_for_status()
         models = response.json()["data"]
     except (httpx.HTTPError, ValueError, KeyError) as error:
         if wanted is not None:
             return wanted, None
-        raise LoadError(f"cannot list the models of {client.base_url}: {error or type(error).__name__}") from None
+        raise LoadError(f"cannot list the models of {base_url}: {error or type(error).__name__}") from None
     for model in models:
         if wanted in (None, model["id"]):
             return model["id"], model.get("vocab_size")
     if wanted is None:
-        raise LoadError(f"{client.base_url} serves no model")
+        raise LoadError(f"{base_url} serves no model")
     return wanted, None

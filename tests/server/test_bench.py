@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +16,7 @@ import pytest
 from server import bench
 from server.bench import format_table, percentile, summarize
 from server.load import Sample, Workload, make_requests
+from server.sse_client import ClientError, SseClient
 from tests.server.fakes import Edge, echo_engine, served_edge, wait_until
 
 
@@ -185,3 +188,63 @@ def test_summary_of_known_samples() -> None:
 def test_percentile_interpolates() -> None:
     assert percentile([4, 1, 2, 3], 50) == 2.5
     assert percentile([7], 99) == 7
+
+
+@contextmanager
+def scripted_server(answer: bytes, keep_open: bool = False) -> Iterator[str]:
+    """Sends `answer` to every connection once it has read a request, then hangs up, or does not."""
+    done = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                while b"\r\n\r\n" not in connection.recv(65536):
+                    pass
+                connection.sendall(answer)
+                if keep_open:
+                    done.wait(10)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            done.set()
+            thread.join()
+
+
+async def payloads(url: str, timeout: float = 5.0) -> list[bytes]:
+    return [payload async for payload in SseClient(url, {}, timeout).post("/x", b"")]
+
+
+HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: Chunked\r\n\r\n"
+
+
+def test_events_may_be_cut_anywhere() -> None:
+    plain = b'HTTP/1.0 200 OK\r\n\r\ndata: {"a"\r\n\r\n: ping\n\ndata: b\n\ndata: [DONE]\n\n'
+    chunked = HEAD + b'5;x=y\r\ndata:\r\n9\r\n {"a"\r\n\r\n\r\n13\r\n: ping\n\ndata: b\n\nda\r\n0\r\n\r\n'
+    for answer in (plain, chunked):
+        with scripted_server(answer) as url:
+            assert asyncio.run(payloads(url)) == [b'{"a"', b"b"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "part"),
+    [
+        (HEAD + b"20\r\ndata: a\n", "in the middle of its answer"),
+        (HEAD + b"zz\r\ndata: a\n", "ValueError"),
+        (b"", "in the middle of its answer"),
+        (b"HTTP/1.1 418 Teapot\r\n\r\nshort and stout", "HTTP 418: short and stout"),
+    ],
+)
+def test_broken_answers_are_named(answer: bytes, part: str) -> None:
+    with scripted_server(answer) as url, pytest.raises(ClientError, match=part):
+        asyncio.run(payloads(url))
+
+
+def test_silence_is_named() -> None:
+    with scripted_server(HEAD, keep_open=True) as url, pytest.raises(ClientError, match=r"nothing came for 0\.1 s"):
+        asyncio.run(payloads(url, 0.1))
+    with pytest.raises(ClientError, match="ftp://x"):
+        SseClient("ftp://x", {}, 1)
