@@ -19,6 +19,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from quantizer.config import QuantizeError
 from quantizer.mappings import Architecture
+from quantizer.prose import PROSE
 
 BATCH_TOKENS = 4096
 """Tokens run through a layer at once: enough to keep the matmuls busy, little enough to bound memory."""
@@ -33,16 +34,29 @@ _DOCSTRING_MODULES = (
 
 
 def builtin_documents(held_out: bool = False) -> list[str]:
-    """English prose that comes with every Python: the language reference's help topics and long docstrings.
+    """The technical half of the builtin text: Python's help topics and long docstrings, as every installation has them.
 
     Markup and code are dropped paragraph by paragraph. One document in eight is held out for evaluation.
     """
     from pydoc_data.topics import topics
 
-    documents = [_prose(text) for _, text in sorted(topics.items())]
-    documents += [_prose(text) for text in _docstrings()]
-    documents = [text for text in documents if len(text) > 400]
-    return [text for index, text in enumerate(documents) if (index % 8 == 7) == held_out]
+    technical = [_prose(text) for _, text in sorted(topics.items())]
+    technical += [_prose(text) for text in _docstrings()]
+    technical = [text for text in technical if len(text) > 400]
+    return [text for index, text in enumerate(technical) if (index % 8 == 7) == held_out]
+
+
+def general_documents() -> list[str]:
+    """The general half of the builtin text: this package's own pieces, plain and with punctuation set apart."""
+    pieces = [" ".join(piece.split()) for piece in PROSE.split("\n\n")]
+    return [*pieces, *(_set_apart(piece) for piece in pieces)]
+
+
+def _set_apart(text: str) -> str:
+    """Punctuation as words of its own, the form of many older corpora, whose tokens plain text never shows."""
+    text = re.sub(r"(?<!\d)([,.;:])|([,.;:])(?!\d)", r" \1\2", text)
+    text = re.sub(r"([!?()])|(\"\B|\B\")|('s)\b", r" \1\2\3 ", text)
+    return re.sub(r"\s+", " ", text).strip()
 
 
 def _docstrings() -> Iterator[str]:
@@ -73,7 +87,7 @@ def _prose(text: str) -> str:
 def read_documents(calibration: str) -> list[str]:
     """Documents of a calibration source: `builtin`, a .jsonl file (`text` or a string per line) or a text file."""
     if calibration == "builtin":
-        return builtin_documents()
+        return [*general_documents(), *builtin_documents()]
     path = Path(calibration)
     if not path.is_file():
         raise QuantizeError(f"calibration: {calibration!r} is neither 'builtin' nor a file")
@@ -119,10 +133,20 @@ def pack_tokens(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], le
 def calibration_tokens(
     tokenizer: PreTrainedTokenizerBase, calibration: str, samples: int, length: int, seed: int
 ) -> Tensor:
-    """int64 [samples, length]: rows drawn without replacement; fewer where the text is shorter, and then all of it."""
-    rows = pack_tokens(tokenizer, read_documents(calibration), length)
-    order = torch.randperm(rows.shape[0], generator=torch.Generator().manual_seed(seed))
-    return rows[order[:samples]]
+    """int64 [samples, length]: rows drawn without replacement; fewer where the text is shorter, and then all of it.
+
+    Half of the builtin rows, or as many as there are, come from the general pieces: drawn from the whole they would be few.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if calibration != "builtin":
+        return _draw(pack_tokens(tokenizer, read_documents(calibration), length), samples, generator)
+    general = _draw(pack_tokens(tokenizer, general_documents(), length), -(-samples // 2), generator)
+    technical = pack_tokens(tokenizer, builtin_documents(), length)
+    return torch.cat([general, _draw(technical, samples - len(general), generator)])
+
+
+def _draw(rows: Tensor, samples: int, generator: torch.Generator) -> Tensor:
+    return rows[torch.randperm(rows.shape[0], generator=generator)[:samples]]
 
 
 @dataclass(frozen=True, slots=True)
