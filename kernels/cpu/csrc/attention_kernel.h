@@ -158,7 +158,7 @@ AWQ_INLINE void score_rows(const float* q, int head_dim, const KeyBlock<Element>
 template <class Element, int R>
 AWQ_INLINE void weigh_rows(const float* weights, const float* factors, const KeyBlock<Element>& block, int first_key,
                            int end_key, int head_dim, float* accumulator) {
-  constexpr int C = register_columns(R);
+  constexpr int C = R == 3 ? 3 : register_columns(R);  // with 4, compilers spill two of the sums
   int column = 0;
   for (; column + C * kLanes <= head_dim; column += C * kLanes)
     weigh_columns<Element, R, C>(weights, factors, block.values, first_key, end_key, head_dim, column, accumulator);
