@@ -10,6 +10,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "linear.h"
+#include "machine.h"
 #include "program.h"
 #include "sampling.h"
 
@@ -481,6 +482,18 @@ NB_MODULE(_native, m) {
   m.def("available_isas", &available_isas);
   m.def("select_isa", &select_isa, nb::arg("name"));
   m.def("uniform", &uniform, nb::arg("seed"), nb::arg("index"));
+
+  m.def("measure_clock", &measure_clock, nb::arg("seconds"), nb::call_guard<nb::gil_scoped_release>());
+  m.def("measure_integer_peak", &measure_integer_peak, nb::arg("seconds"), nb::call_guard<nb::gil_scoped_release>());
+  m.def("measure_read_bandwidth", [](ThreadPool& pool, const Array& data, double seconds) {
+    check_array("data", data, {-1});
+    if (size_of(data, 0) < 1 || (check_dtype("data", data, {Dtype::kUint8}), reinterpret_cast<uintptr_t>(data.data()) % kAlignment))
+      value_error("data: expected a byte or more in memory aligned to " + std::to_string(kAlignment) + " bytes");
+    const int64_t nbytes = size_of(data, 0);
+    const void* bytes = data.data();
+    nb::gil_scoped_release release;
+    return measure_read_bandwidth(pool, bytes, nbytes, seconds);
+  }, nb::arg("pool"), nb::arg("data"), nb::arg("seconds"));
 
   nb::class_<ThreadPool>(m, "ThreadPool")
       .def(nb::init<int>(), nb::arg("num_threads"))

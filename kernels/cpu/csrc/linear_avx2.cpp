@@ -744,12 +744,25 @@ void run_avx2(const PackedLinear& weight, const void* activations, int64_t num_r
   }
 }
 
+double integer_peak_avx2(int64_t iterations) {
+  __m256i a = _mm256_setzero_si256(), b = a, c = a, d = a, e = a, f = a, t0, t1;
+  const __m256i x = _mm256_set1_epi8(1);
+  for (int64_t i = 0; i < iterations; ++i)
+    asm volatile(
+        "vpmaddubsw %[x], %[x], %[t0]\n vpmaddubsw %[x], %[x], %[t1]\n vpaddw %[t0], %[a], %[a]\n vpaddw %[t1], %[b], %[b]\n"
+        "vpmaddubsw %[x], %[x], %[t0]\n vpmaddubsw %[x], %[x], %[t1]\n vpaddw %[t0], %[c], %[c]\n vpaddw %[t1], %[d], %[d]\n"
+        "vpmaddubsw %[x], %[x], %[t0]\n vpmaddubsw %[x], %[x], %[t1]\n vpaddw %[t0], %[e], %[e]\n vpaddw %[t1], %[f], %[f]\n"
+        : [a] "+x"(a), [b] "+x"(b), [c] "+x"(c), [d] "+x"(d), [e] "+x"(e), [f] "+x"(f), [t0] "=&x"(t0), [t1] "=&x"(t1)
+        : [x] "x"(x));
+  return static_cast<double>(iterations) * 6 * 32;
+}
+
 }  // namespace
 
 void quantize_rows_avx2(const ActivationLayout& layout, const float* x, int64_t ldx, int64_t row_begin, int64_t row_end, void* packed) {
   quantize_all(layout, x, ldx, row_begin, row_end, packed);
 }
 
-extern const LinearKernels kAvx2Kernels = {"avx2", quantize_rows_avx2, run_avx2};
+extern const LinearKernels kAvx2Kernels = {"avx2", quantize_rows_avx2, run_avx2, integer_peak_avx2};
 
 }  // namespace awq_cpu

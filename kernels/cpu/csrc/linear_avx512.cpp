@@ -223,8 +223,24 @@ void run_avx512(const PackedLinear& weight, const void* activations, int64_t num
   }
 }
 
+double integer_peak_avx512(int64_t iterations) {
+  const __m512i x = _mm512_set1_epi8(1);
+  __m512i sums[8];
+  for (auto& sum : sums) sum = _mm512_setzero_si512();
+  for (int64_t i = 0; i < iterations; ++i)
+    for (auto& sum : sums) sum = _mm512_dpbusd_epi32(sum, x, x);
+  __m512i total = sums[0];
+  for (const auto& sum : sums) total = _mm512_or_si512(total, sum);
+  alignas(64) volatile int32_t sink[16];  // keeps the loop
+  int32_t values[16];
+  std::memcpy(values, &total, sizeof values);
+  sink[0] = values[0];
+  (void)sink[0];
+  return static_cast<double>(iterations) * 8 * 64;
+}
+
 }  // namespace
 
-extern const LinearKernels kAvx512Kernels = {"avx512", quantize_rows_avx2, run_avx512};
+extern const LinearKernels kAvx512Kernels = {"avx512", quantize_rows_avx2, run_avx512, integer_peak_avx512};
 
 }  // namespace awq_cpu

@@ -188,6 +188,6 @@ void run_generic(const PackedLinear& weight, const void* activations, int64_t nu
 
 }  // namespace
 
-extern const LinearKernels kGenericKernels = {"generic", quantize_rows_generic, run_generic};
+extern const LinearKernels kGenericKernels = {"generic", quantize_rows_generic, run_generic, nullptr};
 
 }  // namespace awq_cpu

@@ -11,6 +11,8 @@ struct LinearKernels {
                         void* packed);
   void (*run)(const PackedLinear& weight, const void* activations, int64_t num_rows, float* y, int64_t ldy,
               int64_t panel_begin, int64_t panel_end);
+  // Runs the densest multiply-accumulate loop over registers and returns the number of multiply-accumulates; may be null.
+  double (*integer_peak)(int64_t iterations);
 };
 
 extern const LinearKernels kGenericKernels;
