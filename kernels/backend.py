@@ -129,6 +129,7 @@ class ForwardBatch:
     num_tokens: int = 0
     num_sequences: int = 0
     num_rows: int = 0
+    generation: int = 0  # counts the fills: what was derived from the buffers at the same number is still right
 
     @classmethod
     def allocate(
@@ -172,6 +173,7 @@ class ForwardBatch:
     ) -> None:
         """Writes one step into the buffers. The first three run over the step's tokens, sequence after sequence; the next three
         over its sequences."""
+        self.generation += 1
         self.host_query_lens, self.host_seq_lens = list(query_lens), list(seq_lens)
         self.num_tokens, self.num_sequences, self.num_rows = len(input_ids), len(query_lens), len(logit_rows)
         _write(self.input_ids, input_ids)

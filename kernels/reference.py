@@ -40,6 +40,8 @@ KEY_SEGMENT = 256
 QUERY_CHUNK = 256
 """Query tokens of one sequence handled at once: bounds the memory of the scores."""
 
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+
 
 @dataclass(frozen=True, slots=True)
 class DenseInput:
@@ -51,24 +53,29 @@ class DenseInput:
         return self.tensor
 
 
-@dataclass(frozen=True, slots=True)
 class DenseLinear:
-    """fp32 weight [N, K], dequantized once."""
+    """An fp32 weight [N, K], dequantized once and, where torch is built with oneDNN, kept in oneDNN's blocked layout: a matmul
+    of few rows then reads it at twice the speed."""
 
-    weight: Tensor
-    bias: Tensor | None
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.out_features, self.in_features = weight.shape
+        self.nbytes = weight.nbytes + (bias.nbytes if bias is not None else 0)
+        self.bias = bias
+        self._packed = None if not _HAS_ONEDNN else torch.ops.mkldnn._reorder_linear_weight(weight, ROW_MULTIPLE)
+        self._plain = weight if self._packed is None else None
 
-    @property
-    def in_features(self) -> int:
-        return self.weight.shape[1]
-
-    @property
-    def out_features(self) -> int:
-        return self.weight.shape[0]
-
-    @property
-    def nbytes(self) -> int:
-        return self.weight.nbytes + (self.bias.nbytes if self.bias is not None else 0)
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [M, K] to fp32 [M, N]. M is padded to a multiple of ROW_MULTIPLE, so that a row's bits don't depend on it."""
+        rows = x.shape[0]
+        padded = -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE
+        if padded != rows:
+            x = torch.nn.functional.pad(x, (0, 0, 0, padded - rows))
+        if self._packed is not None:
+            product = torch.ops.mkldnn._linear_pointwise(x.contiguous(), self._packed, None, "none", [], "")
+        else:
+            assert self._plain is not None
+            product = x @ self._plain.t()
+        return product[:rows] if self.bias is None else product[:rows] + self.bias
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +122,7 @@ class ReferenceBackend:
             raise ValueError(f"kv_cache_dtype {options.kv_cache_dtype!r}: the reference back end keeps it in float32")
         if options.num_threads:
             torch.set_num_threads(options.num_threads)
-        self._shared: dict[tuple[int, torch.dtype, tuple[int, ...]], Tensor] = {}
+        self._work: tuple[tuple[ForwardBatch, int, int | None], list[AttentionWork]] | None = None
 
     # Preparation.
     def prepare_linear(self, weights: Sequence[AwqWeight | DenseWeight], bias: Tensor | None) -> DenseLinear:
@@ -124,19 +131,10 @@ class ReferenceBackend:
         return DenseLinear(weight, bias.float() if bias is not None else None)
 
     def prepare_embedding(self, weight: DenseWeight) -> DenseEmbedding:
-        return DenseEmbedding(self._share(weight.weight))
+        return DenseEmbedding(weight.weight.float())
 
     def prepare_head(self, weight: DenseWeight | AwqWeight) -> DenseLinear:
-        if isinstance(weight, AwqWeight):
-            return self.prepare_linear([weight], None)
-        return DenseLinear(self._share(weight.weight), None)
-
-    def _share(self, weight: Tensor) -> Tensor:
-        """The fp32 copy of a weight, one for all who ask for the same storage (tied embeddings)."""
-        key = (weight.data_ptr(), weight.dtype, tuple(weight.shape))
-        if key not in self._shared:
-            self._shared[key] = weight.float().contiguous()
-        return self._shared[key]
+        return self.prepare_linear([weight], None)
 
     def prepare_norm(self, weight: Tensor) -> Tensor:
         return weight.float()
@@ -184,8 +182,7 @@ class ReferenceBackend:
 
     def linear(self, x: LinearInput, weight: PreparedLinear) -> Tensor:
         assert isinstance(weight, DenseLinear)
-        product = padded_matmul(x.dense(), weight.weight)
-        return product if weight.bias is None else product + weight.bias
+        return weight(x.dense())
 
     def rope_and_store(
         self,
@@ -224,21 +221,20 @@ class ReferenceBackend:
     ) -> DenseInput:
         assert isinstance(kv, DenseKVCache)
         output = torch.empty(batch.num_tokens, shape.q_size)
-        # Decodes go together, sequences with several query tokens one by one in bounded chunks.
-        decodes = [s for s, length in enumerate(batch.host_query_lens) if length == 1]
-        starts = batch.query_starts.tolist()
-        work = [(decodes, [starts[s] for s in decodes], 1)] if decodes else []
-        for sequence, length in enumerate(batch.host_query_lens):
-            for offset in range(0, length if length > 1 else 0, QUERY_CHUNK):
-                work.append(([sequence], [starts[sequence] + offset], min(QUERY_CHUNK, length - offset)))
-        for sequences, first_tokens, num_queries in work:
-            tokens = torch.tensor(first_tokens)[:, None] + torch.arange(num_queries)
-            positions = batch.positions[tokens].long()
-            num_keys = max(batch.host_seq_lens[s] for s in sequences)
-            keys, values = gather_keys(kv, batch.block_tables[sequences], num_keys)
-            attended = segmented_attention(q[tokens], positions, keys, values, shape, scale, window, soft_cap)
-            output[tokens] = attended.flatten(2)
+        for work in self._attention_work(batch, shape, kv.block_size, window):
+            keys, values = kv.keys[work.slots], kv.values[work.slots]
+            attended = segmented_attention(q[work.tokens], keys, values, work.visible, shape, scale, soft_cap)
+            output[work.tokens] = attended.flatten(2)
         return DenseInput(output)
+
+    def _attention_work(
+        self, batch: ForwardBatch, shape: AttentionShape, block_size: int, window: int | None
+    ) -> list[AttentionWork]:
+        """The step's attention in pieces, made once for all layers of a kind."""
+        key = (batch, batch.generation, window)
+        if self._work is None or self._work[0][0] is not batch or self._work[0][1:] != key[1:]:
+            self._work = key, plan_attention(batch, shape, block_size, window)
+        return self._work[1]
 
     def act_and_mul(
         self, gate_up: Tensor, activation: Activation, for_linear: PreparedLinear | None = None
@@ -272,15 +268,6 @@ class ReferenceBackend:
         return SampledRows(torch.where(temperature[:, 0] > 0, sampled, greedy).int(), finite)
 
 
-def padded_matmul(x: Tensor, weight: Tensor) -> Tensor:
-    """x [M, K] @ weight[N, K]^T with M padded to a multiple of ROW_MULTIPLE, so that a row's bits don't depend on M."""
-    rows = x.shape[0]
-    padded = -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE
-    if padded != rows:
-        x = torch.nn.functional.pad(x, (0, 0, 0, padded - rows))
-    return (x @ weight.t())[:rows]
-
-
 def rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> Tensor:
     """RMSNorm over the last dimension (arXiv 1910.07467); `unit_offset` multiplies by 1 + weight."""
     normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
@@ -295,38 +282,63 @@ def rotate(x: Tensor, rotary: RotaryTable, positions: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
 
 
-def gather_keys(kv: DenseKVCache, block_tables: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
-    """Keys and values of the first `num_keys` positions, rounded up to whole segments' blocks:
-    [sequences, positions, num_kv_heads, head_dim] each. Positions past a sequence's end hold finite rubbish."""
-    padded = -(-num_keys // KEY_BLOCK) * KEY_BLOCK
-    positions = torch.arange(padded)
-    columns = (positions // kv.block_size).clamp(max=block_tables.shape[1] - 1)
-    slots = block_tables[:, columns].long() * kv.block_size + positions % kv.block_size
-    return kv.keys[slots], kv.values[slots]
+@dataclass(frozen=True, slots=True)
+class AttentionWork:
+    """Queries that are attended together: S sequences with Q query tokens each over L keys, L a multiple of KEY_BLOCK."""
+
+    tokens: Tensor  # [S, Q] indices into the step's tokens
+    slots: Tensor  # [S, L] of the pool; those past a sequence's end hold finite rubbish
+    visible: (
+        Tensor  # bool [S, L / KEY_BLOCK, 1, rows, KEY_BLOCK], rows = Q * group padded to a multiple of ROW_MULTIPLE
+    )
+
+
+def plan_attention(
+    batch: ForwardBatch, shape: AttentionShape, block_size: int, window: int | None
+) -> list[AttentionWork]:
+    """Decodes go together; sequences with several query tokens one by one, in chunks of QUERY_CHUNK."""
+    starts = batch.query_starts.tolist()
+    decodes = [sequence for sequence, length in enumerate(batch.host_query_lens) if length == 1]
+    pieces = [(decodes, [starts[sequence] for sequence in decodes], 1)] if decodes else []
+    for sequence, length in enumerate(batch.host_query_lens):
+        for offset in range(0, length if length > 1 else 0, QUERY_CHUNK):
+            pieces.append(([sequence], [starts[sequence] + offset], min(QUERY_CHUNK, length - offset)))
+    work = []
+    for sequences, first_tokens, num_queries in pieces:
+        tokens = torch.tensor(first_tokens)[:, None] + torch.arange(num_queries)
+        num_keys = max(batch.host_seq_lens[sequence] for sequence in sequences)
+        keys = torch.arange(-(-num_keys // KEY_BLOCK) * KEY_BLOCK)
+        tables = batch.block_tables[sequences].long()
+        columns = (keys // block_size).clamp(max=tables.shape[1] - 1)
+        slots = tables[:, columns] * block_size + keys % block_size
+        rows = batch.positions[tokens].long().repeat_interleave(shape.num_heads // shape.num_kv_heads, dim=1)
+        padding = -rows.shape[1] % ROW_MULTIPLE
+        rows = torch.nn.functional.pad(rows, (0, padding))
+        distance = rows[:, None, None, :, None] - keys.view(-1, 1, 1, KEY_BLOCK)
+        visible = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+        work.append(AttentionWork(tokens, slots, visible))
+    return work
 
 
 def segmented_attention(
     q: Tensor,
-    positions: Tensor,
     keys: Tensor,
     values: Tensor,
+    visible: Tensor,
     shape: AttentionShape,
     scale: float,
-    window: int | None,
     soft_cap: float | None,
 ) -> Tensor:
     """Causal attention as an online softmax (arXiv 1805.02867) over blocks of KEY_BLOCK keys within segments of KEY_SEGMENT.
 
-    q [S, Q, num_heads, head_dim], positions [S, Q], keys and values [S, L, num_kv_heads, head_dim], L a multiple of KEY_BLOCK.
-    Returns [S, Q, num_heads, head_dim]. A masked block adds exact zeros, so a row's bits depend on its own keys alone.
+    q [S, Q, num_heads, head_dim]; keys and values [S, L, num_kv_heads, head_dim]; `visible` as in AttentionWork. Returns
+    [S, Q, num_heads, head_dim]. A masked block adds exact zeros, so a row's bits depend on its own keys alone.
     """
-    num_sequences, num_queries = positions.shape
-    group, num_blocks = shape.num_heads // shape.num_kv_heads, keys.shape[1] // KEY_BLOCK
-    rows = num_queries * group
-    padded = -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE
+    num_sequences, num_queries = q.shape[:2]
+    group, num_blocks = shape.num_heads // shape.num_kv_heads, visible.shape[1]
+    rows, padded = num_queries * group, visible.shape[3]
     q = q.unflatten(2, (shape.num_kv_heads, group)).transpose(1, 2).reshape(num_sequences, shape.num_kv_heads, rows, -1)
     q = torch.nn.functional.pad(q * scale, (0, 0, 0, padded - rows))
-    row_positions = torch.nn.functional.pad(positions.repeat_interleave(group, dim=1), (0, padded - rows))
 
     # [S, blocks, kv_heads, ...]: every block's product at once, then the softmax walks them in order.
     k = keys.unflatten(1, (num_blocks, KEY_BLOCK)).transpose(2, 3).transpose(3, 4)
@@ -336,9 +348,6 @@ def segmented_attention(
     scores = torch.bmm(expanded, k.reshape(-1, shape.head_dim, KEY_BLOCK)).view(*lead, padded, KEY_BLOCK)
     if soft_cap is not None:
         scores = soft_cap * torch.tanh(scores / soft_cap)
-    key_positions = torch.arange(num_blocks * KEY_BLOCK).view(num_blocks, 1, 1, KEY_BLOCK)
-    distance = row_positions[:, None, None, :, None] - key_positions
-    visible = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
     scores = scores.masked_fill(~visible, -torch.inf)
 
     block_max = scores.amax(-1)
@@ -347,8 +356,7 @@ def segmented_attention(
     for block in range(num_blocks):
         if block % per_segment:
             running_max[:, block] = torch.maximum(running_max[:, block - 1], block_max[:, block])
-    shifted = scores - _finite(running_max)[..., None]
-    weights = torch.exp(shifted)
+    weights = torch.exp(scores - _finite(running_max)[..., None])
     sums = weights.sum(-1)
     products = torch.bmm(weights.view(-1, padded, KEY_BLOCK), v.reshape(-1, KEY_BLOCK, shape.head_dim))
     merged = _merge(running_max, sums, products.view(*lead, padded, shape.head_dim), per_segment)

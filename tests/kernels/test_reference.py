@@ -9,7 +9,7 @@ import torch
 
 from kernels.backend import AttentionShape, BackendOptions, KVCacheSpec, QKNorm, RotaryTable, SamplingBatch
 from kernels.format import DenseWeight
-from kernels.reference import DenseInput, ReferenceBackend, padded_matmul, sample_rows, uniform
+from kernels.reference import DenseInput, DenseLinear, ReferenceBackend, sample_rows, uniform
 from tests.kernels.batches import BLOCK_SIZE, make_batch, make_tables
 
 
@@ -34,9 +34,11 @@ def test_random_numbers_are_philox() -> None:
 @pytest.mark.parametrize("in_features", [64, 72, 576])
 def test_matmul_rows_do_not_depend_on_the_batch(in_features: int) -> None:
     x, weight = torch.randn(130, in_features), torch.randn(96, in_features)
-    whole = padded_matmul(x, weight)
+    linear = DenseLinear(weight, None)
+    whole = linear(x)
+    torch.testing.assert_close(whole, x @ weight.t(), rtol=1e-4, atol=1e-4)
     for start, rows in ((0, 1), (3, 1), (7, 15), (10, 16), (20, 17), (64, 66)):
-        assert torch.equal(padded_matmul(x[start : start + rows].clone(), weight), whole[start : start + rows])
+        assert torch.equal(linear(x[start : start + rows].clone()), whole[start : start + rows])
 
 
 def attention_case(
@@ -127,11 +129,12 @@ def test_rotation_turns_pairs_by_their_angle(backend: ReferenceBackend) -> None:
 
 
 def test_logits_take_the_selected_rows(backend: ReferenceBackend) -> None:
-    head = backend.prepare_head(DenseWeight("lm_head", torch.randn(50, 8)))
+    weight = torch.randn(50, 8)
+    head = backend.prepare_head(DenseWeight("lm_head", weight))
     tables, _ = make_tables([6, 3])
     batch = make_batch([6, 3], [6, 3], tables, logit_rows=[8, 2])
     hidden = torch.randn(9, 8)
-    expected = hidden[[8, 2]] @ head.weight.t()
+    expected = hidden[[8, 2]] @ weight.t()
     torch.testing.assert_close(backend.logits(DenseInput(hidden), batch, head), expected)
     capped = backend.logits(DenseInput(hidden), batch, head, soft_cap=1.5)
     torch.testing.assert_close(capped, 1.5 * torch.tanh(expected / 1.5))
