@@ -219,8 +219,10 @@ def engine_main(config: EngineConfig, connection: Connection, epoch: int, log_le
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logging.basicConfig(level=log_level.upper(), format="%(levelname)s engine: %(message)s", force=True)
-    if not serve_engine(lambda: _build(config, epoch), connection, epoch, exit_when_orphaned=True):
-        raise SystemExit(1)
+    is_orderly = serve_engine(lambda: _build(config, epoch), connection, epoch, exit_when_orphaned=True)
+    logging.shutdown()
+    # All that is left is the interpreter taking down torch and gigabytes of cache piece by piece: seconds, for nothing.
+    os._exit(0 if is_orderly else 1)
 
 
 def _build(config: EngineConfig, epoch: int) -> Engine:

@@ -13,8 +13,16 @@ import pytest
 from server import __main__ as command
 from server.api.context import SamplingDefaults
 from server.config import EngineConfig, ServerConfig
-from server.model_files import ModelFilesError, load_sampling_defaults, resolve_model, served_name
+from server.model_files import (
+    ModelFilesError,
+    ensure_tokenizer_file,
+    load_sampling_defaults,
+    resolve_model,
+    served_name,
+)
 from server.options import OPTIONS, parse_options
+from server.text import Tokenizer
+from tests.server.fakes import END, byte_level_tokenizer
 
 
 def refusal(capsys: pytest.CaptureFixture[str], arguments: list[str], environment: dict[str, str]) -> str:
@@ -183,3 +191,26 @@ def test_sampling_defaults(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
         file.write_text(content)
         with pytest.raises(ModelFilesError, match=part):
             load_sampling_defaults(tmp_path, "auto")
+
+
+@pytest.mark.slow
+def test_a_checkpoint_without_tokenizer_json_has_it_made_once(tmp_path: Path) -> None:
+    """From a GPT-2 style vocabulary and merges; in a process of its own, so transformers stays out of this one."""
+    pieces = byte_level_tokenizer()._tokenizer
+    pieces.model.save(str(tmp_path))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer", "unk_token": END}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    path = ensure_tokenizer_file(tmp_path)
+    assert path == tmp_path / "tokenizer.json"
+    text = "The quick brown fox 你好"
+    tokenizer = Tokenizer.from_file(path)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    stamp = path.stat().st_mtime_ns
+    assert ensure_tokenizer_file(tmp_path) == path
+    assert path.stat().st_mtime_ns == stamp
+
+
+@pytest.mark.slow
+def test_a_checkpoint_without_any_tokenizer_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ModelFilesError, match=r"no tokenizer\.json, and none can be made"):
+        ensure_tokenizer_file(tmp_path)
