@@ -55,22 +55,22 @@ def test_closed_loop(capsys: pytest.CaptureFixture[str]) -> None:
 def test_open_loop_does_not_wait_for_answers(capsys: pytest.CaptureFixture[str]) -> None:
     engine = echo_engine()
     edges: list[Edge] = []
+    have_all_come = False
+
+    def wait_for_all() -> None:
+        """No answer before all six requests have come: in a closed loop they never would."""
+        nonlocal have_all_come
+        if len(engine.submitted) > 1 and not have_all_come:  # the first one is the probe
+            wait_until(lambda: edges[0].client.num_unfinished == 6)
+            have_all_come = True
+
+    engine.before_step = wait_for_all
     flags = ("--num-prompts", "6", "--request-rate", "200", "--input-len", "8", "--output-len", "4")
-
-    def open_gate_when_all_wait() -> None:
-        wait_until(lambda: len(engine.submitted) == 1)  # the probe passes
-        wait_until(lambda: not engine.running)
-        engine.gate.clear()
-        wait_until(lambda: edges[0].client.num_unfinished == 6)
-        engine.gate.set()
-
     with served_edge(engine) as (url, edge):
         edges.append(edge)
-        opener = threading.Thread(target=open_gate_when_all_wait)
-        opener.start()
         code, _, summary = run(capsys, url, *flags)
-        opener.join()
     assert code == 0
+    assert have_all_come
     assert summary["concurrency"] is None
     assert summary["output_tokens"] == 24
 
