@@ -13,171 +13,6 @@
 namespace awq_cpu {
 namespace {
 
-// ---- activation quantization ----
-
-AWQ_INLINE uint32_t horizontal_max(__m256i v) {
-  __m128i m = _mm_max_epu32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
-  m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0x4e));
-  m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0xb1));
-  return static_cast<uint32_t>(_mm_cvtsi128_si32(m));
-}
-
-AWQ_INLINE int32_t horizontal_sum(__m256i v) {
-  __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
-  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
-  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1));
-  return _mm_cvtsi128_si32(s);
-}
-
-// Largest magnitude as bits: as integers, NaN > infinity > all finite values, so none can hide.
-AWQ_INLINE uint32_t largest_magnitude(const float* x, int64_t count) {
-  const __m256i mask = _mm256_set1_epi32(0x7fffffff);
-  __m256i largest = _mm256_setzero_si256();
-  for (int64_t i = 0; i < count; i += 8)
-    largest = _mm256_max_epu32(largest, _mm256_and_si256(mask, _mm256_castps_si256(_mm256_loadu_ps(x + i))));
-  return horizontal_max(largest);
-}
-
-AWQ_INLINE __m256i to_integers(const float* x, __m256 inverse) {
-  return _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x), inverse));
-}
-
-// Quantizes 32 channels to 8 dwords of 4 bytes.
-AWQ_INLINE float quantize_block_int8(const float* x, __m256i* out, int32_t* sum) {
-  const BlockScale block = block_scale(largest_magnitude(x, 32), 127.0f);
-  if (block.inverse == 0.0f) {  // 0 times an infinity would be NaN, whose conversion is not 0
-    *out = _mm256_setzero_si256();
-    *sum = 0;
-    return block.scale;
-  }
-  const __m256 inverse = _mm256_set1_ps(block.inverse);
-  const __m256i a = to_integers(x, inverse), b = to_integers(x + 8, inverse), c = to_integers(x + 16, inverse),
-                d = to_integers(x + 24, inverse);
-  *sum = horizontal_sum(_mm256_add_epi32(_mm256_add_epi32(a, b), _mm256_add_epi32(c, d)));
-  const __m256i packed = _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
-  *out = _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-  return block.scale;
-}
-
-// Quantizes `size` channels to size / 2 dwords of 2 x 16 bits, in the order (0, 2), (1, 3) of every 4 channels.
-AWQ_INLINE float quantize_block_int16(const float* x, int64_t size, __m256i* out, int32_t* sum) {
-  const BlockScale block = block_scale(largest_magnitude(x, size), 32767.0f);
-  if (block.inverse == 0.0f) {
-    for (int64_t i = 0; i < size / 16; ++i) out[i] = _mm256_setzero_si256();
-    *sum = 0;
-    return block.scale;
-  }
-  const __m256 inverse = _mm256_set1_ps(block.inverse);
-  const __m256i swap = _mm256_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15, 0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13,
-                                        10, 11, 14, 15);
-  __m256i total = _mm256_setzero_si256();
-  for (int64_t i = 0; i < size / 16; ++i) {
-    const __m256i a = to_integers(x + i * 16, inverse), b = to_integers(x + i * 16 + 8, inverse);
-    total = _mm256_add_epi32(total, _mm256_add_epi32(a, b));
-    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8);
-    out[i] = _mm256_shuffle_epi8(packed, swap);
-  }
-  *sum = horizontal_sum(total);
-  return block.scale;
-}
-
-// Rows in a tile are interleaved dword by dword. Spreads one row's 8 dwords,
-AWQ_INLINE void spread(__m256i dwords, uint8_t* out) {
-  alignas(32) int32_t values[8];
-  _mm256_store_si256(reinterpret_cast<__m256i*>(values), dwords);
-  for (int i = 0; i < 8; ++i) std::memcpy(out + i * 16, values + i, 4);
-}
-
-// or those of all four rows.
-AWQ_INLINE void interleave(__m256i r0, __m256i r1, __m256i r2, __m256i r3, uint8_t* out) {
-  const __m256i a = _mm256_unpacklo_epi32(r0, r1), b = _mm256_unpackhi_epi32(r0, r1);
-  const __m256i c = _mm256_unpacklo_epi32(r2, r3), d = _mm256_unpackhi_epi32(r2, r3);
-  const __m256i e = _mm256_unpacklo_epi64(a, c), f = _mm256_unpackhi_epi64(a, c);  // dwords 0 | 4, 1 | 5
-  const __m256i g = _mm256_unpacklo_epi64(b, d), h = _mm256_unpackhi_epi64(b, d);  // dwords 2 | 6, 3 | 7
-  auto* target = reinterpret_cast<__m256i*>(out);
-  _mm256_store_si256(target + 0, _mm256_permute2x128_si256(e, f, 0x20));
-  _mm256_store_si256(target + 1, _mm256_permute2x128_si256(g, h, 0x20));
-  _mm256_store_si256(target + 2, _mm256_permute2x128_si256(e, f, 0x31));
-  _mm256_store_si256(target + 3, _mm256_permute2x128_si256(g, h, 0x31));
-}
-
-// Channels [begin, begin + size) of a group that has `count` left, zero-padded into `buffer` where there are too few.
-AWQ_INLINE const float* padded_block(const float* x, int64_t count, int64_t size, float* buffer) {
-  if (count >= size) return x;
-  for (int64_t i = 0; i < size; ++i) buffer[i] = i < count ? x[i] : 0.0f;
-  return buffer;
-}
-
-// Quantizes rows [lane, lane + kRows) of one tile; kRows is 1 or 4.
-template <int kRows, bool kWide>
-void quantize_tile(const ActivationLayout& layout, const float* x, int64_t ldx, int64_t lane, uint8_t* tile) {
-  auto* scales = reinterpret_cast<float*>(tile + layout.scales_offset) + lane;
-  auto* sums = reinterpret_cast<float*>(tile + layout.sums_offset) + lane;
-  const int64_t size = kWide ? layout.block_size : 32;
-  const int64_t block_nbytes = size * kTileRows * (kWide ? 2 : 1);
-  alignas(32) float buffer[128];
-  __m256i dwords[kRows][kWide ? 8 : 1];
-  for (int64_t group = 0; group < layout.num_groups; ++group) {
-    float group_sum[kRows] = {};
-    for (int64_t b = 0; b < layout.blocks_per_group; ++b) {
-      const int64_t block = group * layout.blocks_per_group + b;
-      for (int r = 0; r < kRows; ++r) {
-        const float* source = padded_block(x + r * ldx + group * layout.group_size + b * size, layout.group_size - b * size, size, buffer);
-        int32_t sum;
-        const float scale = kWide ? quantize_block_int16(source, size, dwords[r], &sum) : quantize_block_int8(source, dwords[r], &sum);
-        scales[block * kTileRows + r] = scale;
-        group_sum[r] = __builtin_fmaf(scale, static_cast<float>(sum), group_sum[r]);
-      }
-      uint8_t* target = tile + block * block_nbytes;
-      for (int64_t i = 0; i < (kWide ? size / 16 : 1); ++i) {
-        if constexpr (kRows == 4)
-          interleave(dwords[0][i], dwords[1][i], dwords[2][i], dwords[3][i], target + i * 128);
-        else
-          spread(dwords[0][i], target + i * 128 + lane * 4);
-      }
-    }
-    for (int r = 0; r < kRows; ++r) sums[group * kTileRows + r] = group_sum[r];
-  }
-}
-
-template <int kRows>
-void copy_tile(const ActivationLayout& layout, const float* x, int64_t ldx, int64_t lane, uint8_t* tile) {
-  int64_t i = 0;
-  for (; i + 8 <= layout.k; i += 8) {
-    __m256i rows[kRows];
-    for (int r = 0; r < kRows; ++r) rows[r] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + r * ldx + i));
-    if constexpr (kRows == 4)
-      interleave(rows[0], rows[1], rows[2], rows[3], tile + i * 16);
-    else
-      spread(rows[0], tile + i * 16 + lane * 4);
-  }
-  for (; i < layout.k; ++i)
-    for (int r = 0; r < kRows; ++r) reinterpret_cast<float*>(tile)[i * kTileRows + lane + r] = x[r * ldx + i];
-}
-
-template <int kRows>
-void quantize_any(const ActivationLayout& layout, const float* x, int64_t ldx, int64_t lane, uint8_t* tile) {
-  switch (layout.mode) {
-    case ActivationMode::kInt8: return quantize_tile<kRows, false>(layout, x, ldx, lane, tile);
-    case ActivationMode::kInt16: return quantize_tile<kRows, true>(layout, x, ldx, lane, tile);
-    case ActivationMode::kFloat32: return copy_tile<kRows>(layout, x, ldx, lane, tile);
-  }
-}
-
-void quantize_all(const ActivationLayout& layout, const float* x, int64_t ldx, int64_t row_begin, int64_t row_end, void* packed) {
-  int64_t row = row_begin;
-  while (row < row_end) {
-    uint8_t* tile = static_cast<uint8_t*>(packed) + row / kTileRows * layout.tile_stride;
-    const float* source = x + (row - row_begin) * ldx;
-    const bool whole = row % kTileRows == 0 && row + kTileRows <= row_end;
-    if (whole)
-      quantize_any<4>(layout, source, ldx, 0, tile);
-    else
-      quantize_any<1>(layout, source, ldx, row % kTileRows, tile);
-    row += whole ? kTileRows : 1;
-  }
-}
-
 // ---- inner products in assembly ----
 // Each macro handles one broadcast dword of one row against two weight vectors (16 columns). T is the operand name of the row's sums.
 
@@ -314,20 +149,26 @@ AWQ_INLINE __m256 load_half8(const uint8_t* data, FloatType type) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 }
 
-AWQ_INLINE __m256 load_zeros(const uint8_t* data) {
-  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(data))));
+// 16 zero points. A byte shuffle of a broadcast costs half of two vpmovzxbd.
+AWQ_INLINE void load_zeros(const uint8_t* data, __m256 (&zero)[2]) {
+  const __m256i bytes = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(data)));
+  const __m256i low = _mm256_setr_epi8(0, -1, -1, -1, 1, -1, -1, -1, 2, -1, -1, -1, 3, -1, -1, -1, 4, -1, -1, -1, 5, -1, -1, -1, 6, -1,
+                                       -1, -1, 7, -1, -1, -1);
+  const __m256i high = _mm256_setr_epi8(8, -1, -1, -1, 9, -1, -1, -1, 10, -1, -1, -1, 11, -1, -1, -1, 12, -1, -1, -1, 13, -1, -1, -1,
+                                        14, -1, -1, -1, 15, -1, -1, -1);
+  zero[0] = _mm256_cvtepi32_ps(_mm256_shuffle_epi8(bytes, low));
+  zero[1] = _mm256_cvtepi32_ps(_mm256_shuffle_epi8(bytes, high));
 }
 
 AWQ_INLINE GroupMeta load_meta(const PackedLinear& weight, const uint8_t* panel, int64_t group) {
   GroupMeta meta;
-  for (int h = 0; h < 2; ++h) {
-    const int64_t index = group * kPanelColumns + h * 8;
-    if (weight.type == WeightType::kInt4) {
-      const uint8_t* zeros = panel + weight.activations.num_groups * kPanelColumns * 2 + index;
-      meta.scale[h] = load_half8(panel + index * 2, weight.float_type);
-      meta.zero[h] = load_zeros(zeros);
-    } else {
-      meta.scale[h] = _mm256_loadu_ps(reinterpret_cast<const float*>(panel) + index);
+  const int64_t index = group * kPanelColumns;
+  if (weight.type == WeightType::kInt4) {
+    for (int h = 0; h < 2; ++h) meta.scale[h] = load_half8(panel + (index + h * 8) * 2, weight.float_type);
+    load_zeros(panel + weight.activations.num_groups * kPanelColumns * 2 + index, meta.zero);
+  } else {
+    for (int h = 0; h < 2; ++h) {
+      meta.scale[h] = _mm256_loadu_ps(reinterpret_cast<const float*>(panel) + index + h * 8);
       meta.zero[h] = _mm256_setzero_ps();
     }
   }
@@ -396,10 +237,8 @@ void nibble_tile(const PackedLinear& weight, int64_t panel_index, const uint8_t*
     for (int64_t b = 1; b < layout.blocks_per_group; ++b)
       nibble_block<kRows, false>(w + b * 256, a + b * 128, scales + b * kTileRows, mask, partial);
     GroupMeta meta;
-    for (int h = 0; h < 2; ++h) {
-      meta.scale[h] = load_half8(weight_scales + h * 16, kScale);
-      meta.zero[h] = load_zeros(zeros + h * 8);
-    }
+    for (int h = 0; h < 2; ++h) meta.scale[h] = load_half8(weight_scales + h * 16, kScale);
+    load_zeros(zeros, meta.zero);
     add_group<kRows>(meta, sums, partial, total);
     weight_scales += kPanelColumns * 2;
     zeros += kPanelColumns;
@@ -650,58 +489,59 @@ void run_chunks(const PackedLinear& weight, const uint8_t* tiles, int64_t row_be
 
 // ---- dense weights ----
 
-constexpr int64_t kDenseChunk = 256;
-
-AWQ_INLINE void unpack_dense(const PackedLinear& weight, const uint8_t* source, int64_t count, float* out) {
-  const int64_t size = weight.float_type == FloatType::kFloat32 ? 4 : 2;
-  for (int64_t i = 0; i < count * kPanelColumns; i += 8) {
-    _mm_prefetch(reinterpret_cast<const char*>(source + i * size + 2048), _MM_HINT_T0);
-    const __m256 value = size == 4 ? _mm256_loadu_ps(reinterpret_cast<const float*>(source) + i)
-                                   : load_half8(source + i * 2, weight.float_type);
-    _mm256_store_ps(out + i, value);
-  }
+template <FloatType kType>
+AWQ_INLINE __m256 load_dense8(const uint8_t* data) {
+  if constexpr (kType == FloatType::kFloat32) return _mm256_loadu_ps(reinterpret_cast<const float*>(data));
+  return load_half8(data, kType);
 }
 
-template <int kRows>
-AWQ_INLINE void dense_tile(const float* w, const float* a, int64_t count, Sums<4>& saved) {
-  Sums<kRows> total;
-  std::memcpy(&total, &saved, sizeof total);
-  for (int64_t k = 0; k < count; ++k) {
-    const __m256 w0 = _mm256_load_ps(w + k * kPanelColumns), w1 = _mm256_load_ps(w + k * kPanelColumns + 8);
-    for (int r = 0; r < kRows; ++r) {
-      const __m256 x = _mm256_broadcast_ss(a + k * kTileRows + r);
-      total.v[r][0] = _mm256_fmadd_ps(w0, x, total.v[r][0]);
-      total.v[r][1] = _mm256_fmadd_ps(w1, x, total.v[r][1]);
-    }
-  }
-  std::memcpy(&saved, &total, sizeof total);
-}
-
-void run_dense(const PackedLinear& weight, const uint8_t* tiles, int64_t row_begin, int64_t row_end, float* y, int64_t ldy,
-               int64_t panel_index, Scratch& scratch) {
-  const ActivationLayout& layout = weight.activations;
-  const uint8_t* panel = weight.panels.data() + panel_index * weight.panel_stride;
-  const int64_t row_nbytes = kPanelColumns * (weight.float_type == FloatType::kFloat32 ? 4 : 2);
-  auto* unpacked = reinterpret_cast<float*>(scratch.weights);
-  std::memset(scratch.total, 0, sizeof scratch.total);
-  for (int64_t begin = 0; begin < layout.k; begin += kDenseChunk) {
-    const int64_t count = layout.k - begin < kDenseChunk ? layout.k - begin : kDenseChunk;
-    unpack_dense(weight, panel + begin * row_nbytes, count, unpacked);
-    for (int64_t row = row_begin; row < row_end; row += kTileRows) {
-      const float* a = reinterpret_cast<const float*>(tiles + row / kTileRows * layout.tile_stride) + begin * kTileRows;
-      Sums<4>& total = scratch.total[(row - row_begin) / kTileRows];
-      switch (row_end - row) {
-        case 1: dense_tile<1>(unpacked, a, count, total); break;
-        case 2: dense_tile<2>(unpacked, a, count, total); break;
-        case 3: dense_tile<3>(unpacked, a, count, total); break;
-        default: dense_tile<4>(unpacked, a, count, total); break;
+// Weights are converted in registers. With one or two rows several panels go at once, since one chain of additions per column would
+// wait for itself. Returns the number of panels done: kPanels, or 0 where fewer are left.
+template <FloatType kType, int kRows, int kPanels>
+int64_t dense_panels(const PackedLinear& weight, const uint8_t* tile, float* y, int64_t ldy, int64_t panel, int64_t panel_end) {
+  if (panel + kPanels > panel_end) return 0;
+  constexpr int64_t kStep = kType == FloatType::kFloat32 ? 64 : 32;
+  const uint8_t* w = weight.panels.data() + panel * weight.panel_stride;
+  const auto* a = reinterpret_cast<const float*>(tile);
+  Sums<kRows> total[kPanels] = {};
+  for (int64_t k = 0; k < weight.in_features; ++k) {
+    for (int p = 0; p < kPanels; ++p) {
+      const uint8_t* source = w + p * weight.panel_stride + k * kStep;
+      _mm_prefetch(reinterpret_cast<const char*>(source + 1024), _MM_HINT_T0);
+      const __m256 w0 = load_dense8<kType>(source), w1 = load_dense8<kType>(source + kStep / 2);
+      for (int r = 0; r < kRows; ++r) {
+        const __m256 x = _mm256_broadcast_ss(a + k * kTileRows + r);
+        total[p].v[r][0] = _mm256_fmadd_ps(w0, x, total[p].v[r][0]);
+        total[p].v[r][1] = _mm256_fmadd_ps(w1, x, total[p].v[r][1]);
       }
     }
   }
-  for (int64_t row = row_begin; row < row_end; ++row) {
-    Sums<1> total;
-    std::memcpy(&total, &scratch.total[(row - row_begin) / kTileRows].v[row % kTileRows], sizeof total);
-    store_rows<1>(weight, panel_index, total, y + row * ldy, ldy);
+  for (int p = 0; p < kPanels; ++p) store_rows<kRows>(weight, panel + p, total[p], y, ldy);
+  return kPanels;
+}
+
+template <FloatType kType>
+void run_dense(const PackedLinear& weight, const uint8_t* tiles, int64_t row_begin, int64_t row_end, float* y, int64_t ldy,
+               int64_t panel_begin, int64_t panel_end) {
+  for (int64_t row = row_begin; row < row_end; row += kTileRows) {
+    const uint8_t* tile = tiles + row / kTileRows * weight.activations.tile_stride;
+    float* target = y + row * ldy;
+    for (int64_t panel = panel_begin; panel < panel_end;) {
+      int64_t done = 0;
+      switch (row_end - row) {
+        case 1:
+          done = dense_panels<kType, 1, 4>(weight, tile, target, ldy, panel, panel_end);
+          if (done == 0) done = dense_panels<kType, 1, 1>(weight, tile, target, ldy, panel, panel_end);
+          break;
+        case 2:
+          done = dense_panels<kType, 2, 2>(weight, tile, target, ldy, panel, panel_end);
+          if (done == 0) done = dense_panels<kType, 2, 1>(weight, tile, target, ldy, panel, panel_end);
+          break;
+        case 3: done = dense_panels<kType, 3, 1>(weight, tile, target, ldy, panel, panel_end); break;
+        default: done = dense_panels<kType, 4, 1>(weight, tile, target, ldy, panel, panel_end); break;
+      }
+      panel += done;
+    }
   }
 }
 
@@ -710,12 +550,10 @@ void run_dense(const PackedLinear& weight, const uint8_t* tiles, int64_t row_beg
 // Up to so many rows, unpacking for each tile costs less than the buffer.
 constexpr int64_t kMaxNibbleRows = 16, kMaxWideInt4Rows = 4, kMaxWideInt8Rows = 16;
 
-void run_avx2(const PackedLinear& weight, const void* activations, int64_t num_rows, float* y, int64_t ldy, int64_t panel_begin,
-              int64_t panel_end) {
-  const auto* tiles = static_cast<const uint8_t*>(activations);
+void run_quantized(const PackedLinear& weight, const uint8_t* tiles, int64_t num_rows, float* y, int64_t ldy, int64_t panel_begin,
+                   int64_t panel_end) {
   const bool wide = weight.activations.mode == ActivationMode::kInt16;
-  const bool dense = weight.type == WeightType::kFloat;
-  if (!dense && !wide && num_rows <= kMaxNibbleRows) {
+  if (!wide && num_rows <= kMaxNibbleRows) {
     if (weight.float_type == FloatType::kFloat16)
       run_nibbles<FloatType::kFloat16>(weight, tiles, num_rows, y, ldy, panel_begin, panel_end);
     else
@@ -734,13 +572,35 @@ void run_avx2(const PackedLinear& weight, const void* activations, int64_t num_r
   for (int64_t row = 0; row < num_rows; row += kRowBlock) {
     const int64_t end = row + kRowBlock < num_rows ? row + kRowBlock : num_rows;
     for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
-      if (dense)
-        run_dense(weight, tiles, row, end, y, ldy, panel, scratch);
-      else if (wide)
+      if (wide)
         run_chunks<true>(weight, tiles, row, end, y, ldy, panel, scratch);
       else
         run_chunks<false>(weight, tiles, row, end, y, ldy, panel, scratch);
     }
+  }
+}
+
+template <FloatType kType>
+void run_dense_blocks(const PackedLinear& weight, const uint8_t* tiles, int64_t num_rows, float* y, int64_t ldy, int64_t panel_begin,
+                      int64_t panel_end) {
+  constexpr int64_t kPanelBlock = 4;  // stay in L2 over all rows of a block
+  for (int64_t row = 0; row < num_rows; row += kRowBlock) {
+    const int64_t end = row + kRowBlock < num_rows ? row + kRowBlock : num_rows;
+    for (int64_t panel = panel_begin; panel < panel_end; panel += kPanelBlock) {
+      const int64_t last = panel + kPanelBlock < panel_end ? panel + kPanelBlock : panel_end;
+      run_dense<kType>(weight, tiles, row, end, y, ldy, panel, last);
+    }
+  }
+}
+
+void run_avx2(const PackedLinear& weight, const void* activations, int64_t num_rows, float* y, int64_t ldy, int64_t panel_begin,
+              int64_t panel_end) {
+  const auto* tiles = static_cast<const uint8_t*>(activations);
+  if (weight.type != WeightType::kFloat) return run_quantized(weight, tiles, num_rows, y, ldy, panel_begin, panel_end);
+  switch (weight.float_type) {
+    case FloatType::kFloat32: return run_dense_blocks<FloatType::kFloat32>(weight, tiles, num_rows, y, ldy, panel_begin, panel_end);
+    case FloatType::kFloat16: return run_dense_blocks<FloatType::kFloat16>(weight, tiles, num_rows, y, ldy, panel_begin, panel_end);
+    case FloatType::kBFloat16: return run_dense_blocks<FloatType::kBFloat16>(weight, tiles, num_rows, y, ldy, panel_begin, panel_end);
   }
 }
 
@@ -758,10 +618,6 @@ double integer_peak_avx2(int64_t iterations) {
 }
 
 }  // namespace
-
-void quantize_rows_avx2(const ActivationLayout& layout, const float* x, int64_t ldx, int64_t row_begin, int64_t row_end, void* packed) {
-  quantize_all(layout, x, ldx, row_begin, row_end, packed);
-}
 
 extern const LinearKernels kAvx2Kernels = {"avx2", quantize_rows_avx2, run_avx2, integer_peak_avx2};
 
