@@ -17,7 +17,14 @@ using awq_cpu::kPartialExtra;
 using awq_cpu::KvCache;
 
 constexpr int kKeyGroups = kKeyBlock / kLanes;
+// Rows and vectors of a register tile: what 16 registers hold. It decides speed alone, never a bit.
+#if AWQ_SIMD_AVX2
 constexpr int kMicroRows = 6;
+constexpr int register_columns(int rows) { return rows == 1 ? 8 : rows <= 3 ? 4 : 2; }
+#else
+constexpr int kMicroRows = 4;
+constexpr int register_columns(int) { return 2; }
+#endif
 constexpr float kLog2E = 1.44269504088896f;
 
 struct HalfElement {
@@ -137,11 +144,8 @@ AWQ_INLINE void weigh_columns(const float* weights, const float* factors, const 
     for (int c = 0; c < C; ++c) store8(accumulator + r * head_dim + column + c * kLanes, sums[r][c]);
 }
 
-// Register tiles: enough independent sums to cover the latency of a multiply-add, within 16 registers.
-constexpr int register_columns(int rows) { return rows == 1 ? 8 : rows <= 3 ? 4 : 2; }
-
 template <class Element, int R>
-AWQ_INLINE void score_rows(const float* q, int head_dim, const KeyBlock<Element>& block, int block_size, int first_group,
+AWQ_NOINLINE void score_rows(const float* q, int head_dim, const KeyBlock<Element>& block, int block_size, int first_group,
                            int end_group, float* scores) {
   constexpr int C = register_columns(R) > 4 ? 4 : register_columns(R);
   int group = first_group;
@@ -156,7 +160,7 @@ AWQ_INLINE void score_rows(const float* q, int head_dim, const KeyBlock<Element>
 }
 
 template <class Element, int R>
-AWQ_INLINE void weigh_rows(const float* weights, const float* factors, const KeyBlock<Element>& block, int first_key,
+AWQ_NOINLINE void weigh_rows(const float* weights, const float* factors, const KeyBlock<Element>& block, int first_key,
                            int end_key, int head_dim, float* accumulator) {
   constexpr int C = R == 3 ? 3 : register_columns(R);  // with 4, compilers spill two of the sums
   int column = 0;
@@ -234,7 +238,7 @@ AWQ_INLINE void row_weights(const KeyBlock<Element>& block, KeyRange range, int 
 
 // Scores of R rows to weights, with what the running maxima and sums make of them. factor[r] is what r's sums so far shrink by.
 template <class Element, int R, bool kMasked>
-AWQ_INLINE void softmax_rows(const AttentionTask& task, const KeyBlock<Element>& block, const KeyRange* ranges, int first_group,
+AWQ_NOINLINE void softmax_rows(const AttentionTask& task, const KeyBlock<Element>& block, const KeyRange* ranges, int first_group,
                              int end_group, int row, TileState& state, float* scores, float* factor) {
   F8 old_maxima = set8(0.0f), new_maxima = set8(0.0f);
   for (int r = 0; r < R; ++r) {
@@ -295,20 +299,26 @@ AWQ_INLINE void attend_rows(const AttentionTask& task, const KeyBlock<Element>& 
                              accumulator + r * head_dim);
 }
 
+// The last, fewer than kMicroRows rows.
+template <class Element, int R>
+AWQ_INLINE void attend_remainder(const AttentionTask& task, const KeyBlock<Element>& block, int first_key, int row, int count,
+                                 bool nonfinite, TileState& state) {
+  if constexpr (R > 0) {
+    if (count == R) {
+      attend_rows<Element, R>(task, block, first_key, row, nonfinite, state);
+    } else {
+      attend_remainder<Element, R - 1>(task, block, first_key, row, count, nonfinite, state);
+    }
+  }
+}
+
 template <class Element>
 AWQ_INLINE void attend_block(const AttentionTask& task, const KeyBlock<Element>& block, int first_key, int num_rows,
                              bool nonfinite, TileState& state) {
   int row = 0;
   for (; row + kMicroRows <= num_rows; row += kMicroRows)
     attend_rows<Element, kMicroRows>(task, block, first_key, row, nonfinite, state);
-  switch (num_rows - row) {
-    case 5: attend_rows<Element, 5>(task, block, first_key, row, nonfinite, state); break;
-    case 4: attend_rows<Element, 4>(task, block, first_key, row, nonfinite, state); break;
-    case 3: attend_rows<Element, 3>(task, block, first_key, row, nonfinite, state); break;
-    case 2: attend_rows<Element, 2>(task, block, first_key, row, nonfinite, state); break;
-    case 1: attend_rows<Element, 1>(task, block, first_key, row, nonfinite, state); break;
-    default: break;
-  }
+  attend_remainder<Element, kMicroRows - 1>(task, block, first_key, row, num_rows - row, nonfinite, state);
 }
 
 // Adds a segment's (accumulator, maximum, sum) to the total's. A segment of which the row saw nothing changes nothing.
@@ -337,7 +347,7 @@ AWQ_INLINE void finish_row(const float* total, float sum, int head_dim, float* o
 }
 
 template <class Element>
-AWQ_INLINE void attend_segment(const AttentionTask& task, int segment, int num_rows, TileState& state) {
+AWQ_NOINLINE void attend_segment(const AttentionTask& task, int segment, int num_rows, TileState& state) {
   for (int row = 0; row < num_rows; ++row) {
     state.maxima[row] = -__builtin_inff();
     store8(state.sums + row * kLanes, set8(0.0f));

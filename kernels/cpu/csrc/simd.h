@@ -12,6 +12,7 @@
 #endif
 
 #define AWQ_INLINE static inline __attribute__((always_inline))
+#define AWQ_NOINLINE static __attribute__((noinline))
 
 namespace {
 
