@@ -140,6 +140,8 @@ class Option:
 
 
 _BACKENDS = ("auto", "reference", "cpu", "gpu")
+_KV_DTYPES = ("auto", "fp16", "int8")
+_HEAD_DTYPES = ("auto", "int8", "int4", "fp16")
 _LOG_LEVELS = ("debug", "info", "warning", "error")
 
 MODEL = Option("model", "model", _text, "checkpoint folder or Hugging Face id", "MODEL")
@@ -164,6 +166,10 @@ GROUPS: dict[str, tuple[Option, ...]] = {
                "model's, or what memory holds)", "TOKENS"),
         Option("kernel-backend", "kernel_backend", _choice(*_BACKENDS), "kernels to compute with", "|".join(_BACKENDS)),
         Option("threads", "threads", _integer(0), "processor threads to compute with; 0: the physical cores available", "N"),
+        Option("cpu-activations", "cpu_activations", _choice("int8", "int16"), "what quantized linears on the CPU take: int8, or "
+               "int16 with more precision at about half the speed", "int8|int16"),
+        Option("lm-head-dtype", "lm_head_dtype", _choice(*_HEAD_DTYPES), "how the CPU kernels keep an unquantized lm_head; auto "
+               "is int8", "|".join(_HEAD_DTYPES)),
         Option("in-process", "in_process", _flag, "run the engine in a thread of this process, for debugging"),
     ),
     "scheduling and memory": (
@@ -173,7 +179,8 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         Option("enable-prefix-caching", "enable_prefix_caching", _flag, "keep the KV cache of prompts for requests that "
                "begin the same way"),
         Option("block-size", "block_size", _integer(1), "tokens per KV cache block", "TOKENS"),
-        Option("kv-cache-dtype", "kv_cache_dtype", _text, "type of the KV cache", "TYPE"),
+        Option("kv-cache-dtype", "kv_cache_dtype", _choice(*_KV_DTYPES), "type of the KV cache: fp16, or int8 with one scale "
+               "per token and KV head (default: fp16; the reference kernels keep it in fp32)", "|".join(_KV_DTYPES)),
         Option("kv-cache-memory-bytes", "kv_cache_memory_bytes", _size, "size of the KV cache (default: what "
                "--memory-utilization leaves)", "BYTES"),
         Option("memory-utilization", "memory_utilization", _number(0.01, 1), "share of the memory limit for weights, KV "

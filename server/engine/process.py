@@ -233,6 +233,8 @@ def _build(config: EngineConfig, epoch: int) -> Engine:
 
 def spawn_engine(config: EngineConfig, epoch: int, log_level: str = "info") -> ProcessHandle:
     """Start the engine in a fresh process; it says EngineInfo or EngineFailure on the pipe when it has loaded."""
+    # Threads of torch's own pool that spin at barriers would starve the kernels' threads, and each other when cores are short.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process: BaseProcess = context.Process(
