@@ -1,4 +1,5 @@
-"""What Triton's interpreter lacks: bfloat16 arithmetic, which it computes on raw bit patterns, and inline PTX.
+"""What Triton's interpreter lacks: bfloat16 arithmetic, which it computes on raw bit patterns, inline PTX, and products whose rows do
+not depend on each other.
 
 `install` mends both in place; `tests/gpu/test_interpreter.py` tests the mends.
 """
@@ -46,13 +47,15 @@ def install() -> None:
     if getattr(builder, "mended", False):
         return
     builder.mended = True
-    dot, cast = builder.create_dot, builder.cast_impl
+    cast = builder.cast_impl
 
     def create_dot(self: Any, a: Any, b: Any, d: Any, precision: Any, imprecise: Any) -> Any:
-        return dot(self, _widen(a), _widen(b), d, precision, imprecise)
+        # In fp64, rounded once: numpy's fp32 product depends on the number of rows, which a tensor core's does not.
+        product = np.matmul(_widen(a).data, _widen(b).data, dtype=np.float64)
+        return Handle((product + d.data).astype(d.data.dtype), d.dtype.scalar)
 
     def cast_impl(self: Any, source: Any, target: Any) -> Any:
-        if source.dtype.scalar == target.scalar:
+        if _is_bf16(source) and target.scalar == tl.bfloat16:
             return source
         if target.scalar == tl.bfloat16:
             return _narrow(_widen(source).data.astype(np.float32))
