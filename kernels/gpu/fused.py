@@ -280,16 +280,61 @@ rope_and_store = define(
 )
 
 
-def _dense(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """The library's product. On CUDA it accumulates in fp32; elsewhere (checks) the operands are widened first."""
+@triton.jit(do_not_specialize=["num_rows"])
+def dense_kernel(
+    x_ptr,  # 16 bit [rows, K]
+    weight_ptr,  # 16 bit [N, K]
+    bias_ptr,  # fp32 [N] or None
+    out_ptr,
+    num_rows,
+    N,
+    K,
+    x_stride,
+    out_stride,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """A product whose sums are in one order for any number of rows. Tiles transposed, as in the quantized one."""
+    tile_n, tile_m = tl.program_id(0), tl.program_id(1)
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    depth = tl.arange(0, BLOCK_K)
+    row_mask, column_mask = rows < num_rows, columns < N
+    x = x_ptr + tl.where(row_mask, rows, 0)[None, :].to(tl.int64) * x_stride + depth[:, None]
+    weight = weight_ptr + tl.where(column_mask, columns, 0)[:, None].to(tl.int64) * K + depth[None, :]
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        inside = depth < K - start
+        acc = tl.dot(
+            tl.load(weight + start, mask=inside[None, :], other=0.0),
+            tl.load(x + start, mask=inside[:, None], other=0.0),
+            acc,
+        )
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + columns, mask=column_mask, other=0.0)[:, None]
+    out = out_ptr + rows[None, :].to(tl.int64) * out_stride + columns[:, None]
+    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=row_mask[None, :] & column_mask[:, None])
+
+
+def _dense(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, invariant: bool) -> None:
+    """The library's product, fp32 accumulated; off the GPU (checks) the operands are widened first. `invariant`: our kernel."""
+    rows, n = out.shape
+    expect(x.shape[1] == weight.shape[1], "dense", f"x has {x.shape[1]} columns, the weight {weight.shape[1]}")
+    if invariant:
+        launch(
+            dense_kernel, (-(-n // 64), -(-rows // 64)), x, weight, bias, out, rows, n, x.shape[1], x.stride(0),
+            out.stride(0), BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=3,
+        )  # fmt: skip
+        return
     if x.is_cuda and out.dtype == x.dtype:
-        torch.mm(x, weight.t(), out=out)
-    elif x.is_cuda:
-        out.copy_(torch.mm(x, weight.t(), out_dtype=torch.float32))
+        out.copy_(torch.nn.functional.linear(x, weight, bias.to(x.dtype) if bias is not None else None))
+        return
+    if x.is_cuda and torch.version.cuda is not None:
+        product = torch.mm(x, weight.t(), out_dtype=torch.float32)
     else:
-        out.copy_(x.float() @ weight.float().t())
-    if bias is not None:
-        out.add_(bias)
+        product = x.float() @ weight.float().t()
+    out.copy_(product if bias is None else product + bias)
 
 
-dense = define("dense(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()", _dense)
+dense = define("dense(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out, bool invariant) -> ()", _dense)

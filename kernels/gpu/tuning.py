@@ -169,3 +169,24 @@ def _num_parts(chip: Chip, entry: _Architecture, tiles: int, in_features: int) -
     wanted = -(-entry.programs_per_sm * chip.num_sms // tiles)
     parts = max(1, min(wanted, num_k // _MIN_TILES_PER_PART))
     return -(-num_k // -(-num_k // parts))
+
+
+MAX_SEGMENTS = 128
+"""Most segments that a sequence's keys are split into: bounds the decode kernel's grid and workspace."""
+
+
+def attention_segment(
+    chip: Chip, num_sequences: int, num_kv_heads: int, max_keys: int, batch_invariant: bool = False
+) -> int:
+    """Keys per segment of decoding, a multiple of 64: short where few sequences must fill the chip."""
+    least = 256
+    if not batch_invariant:
+        programs_wanted = 4 * chip.num_sms
+        least = max(128, min(1024, max_keys * num_sequences * num_kv_heads // programs_wanted))
+    return -(-max(least, -(-max_keys // MAX_SEGMENTS)) // 64) * 64
+
+
+def graph_buckets(max_sequences: int) -> list[int]:
+    """Batch sizes that a captured graph exists for, ascending: powers of two, then eights, then sixteens."""
+    sizes = [1, 2, 4, *range(8, 65, 8), *range(80, 257, 16), *range(288, max_sequences + 32, 32)]
+    return sorted({min(size, max_sequences) for size in sizes if size < max_sequences} | {max_sequences})
