@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nanobind
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 SOURCE_FOLDER = Path("kernels/cpu/csrc")
 IS_X86 = platform.machine() in ("x86_64", "AMD64")
@@ -81,7 +83,10 @@ class BuildNative(build_ext):
             include_dirs = [*self.compiler.include_dirs, *extension.include_dirs]
             command = [*self.compiler.compiler_so_cxx, *(f"-I{path}" for path in include_dirs), *flags_for(source)]
             self.compiler.mkpath(folder)
-            self.compiler.call([*command, "-c", source, "-o", target])
+            try:
+                subprocess.run([*command, "-c", source, "-o", target], check=True)
+            except (OSError, subprocess.CalledProcessError) as error:  # what `optional` lets pass, with a warning
+                raise CompileError(f"{source}: {error}") from error
         return target
 
 
