@@ -67,7 +67,9 @@ class BuildNative(build_ext):
     def build_extension(self, extension: Extension) -> None:
         headers = max(path.stat().st_mtime for path in [*SOURCE_FOLDER.glob("*.h"), Path(__file__)])
         with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
-            objects = list(threads.map(lambda source: self._compile(extension, source, headers), extension.sources))
+            # nanobind's own source is outside the project, and what setuptools is told of must lie inside.
+            sources = [*extension.sources, str(Path(nanobind.source_dir()) / "nb_combined.cpp")]
+            objects = list(threads.map(lambda source: self._compile(extension, source, headers), sources))
         self.compiler.link_shared_object(
             objects,
             self.get_ext_fullpath(extension.name),
@@ -96,7 +98,7 @@ setup(
     ext_modules=[
         Extension(
             "kernels.cpu._native",
-            sources=[*native_sources(), str(Path(nanobind.source_dir()) / "nb_combined.cpp")],
+            sources=native_sources(),
             include_dirs=[nanobind.include_dir(), str(nanobind_folder / "ext" / "robin_map" / "include")],
             language="c++",
             optional=True,
