@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nanobind
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 SOURCE_FOLDER = Path("kernels/cpu/csrc")
 IS_X86 = platform.machine() in ("x86_64", "AMD64")
@@ -65,7 +67,9 @@ class BuildNative(build_ext):
     def build_extension(self, extension: Extension) -> None:
         headers = max(path.stat().st_mtime for path in [*SOURCE_FOLDER.glob("*.h"), Path(__file__)])
         with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
-            objects = list(threads.map(lambda source: self._compile(extension, source, headers), extension.sources))
+            # nanobind's own source is outside the project, and what setuptools is told of must lie inside.
+            sources = [*extension.sources, str(Path(nanobind.source_dir()) / "nb_combined.cpp")]
+            objects = list(threads.map(lambda source: self._compile(extension, source, headers), sources))
         self.compiler.link_shared_object(
             objects,
             self.get_ext_fullpath(extension.name),
@@ -81,7 +85,10 @@ class BuildNative(build_ext):
             include_dirs = [*self.compiler.include_dirs, *extension.include_dirs]
             command = [*self.compiler.compiler_so_cxx, *(f"-I{path}" for path in include_dirs), *flags_for(source)]
             self.compiler.mkpath(folder)
-            self.compiler.call([*command, "-c", source, "-o", target])
+            try:
+                subprocess.run([*command, "-c", source, "-o", target], check=True)
+            except (OSError, subprocess.CalledProcessError) as error:  # what `optional` lets pass, with a warning
+                raise CompileError(f"{source}: {error}") from error
         return target
 
 
@@ -91,7 +98,7 @@ setup(
     ext_modules=[
         Extension(
             "kernels.cpu._native",
-            sources=[*native_sources(), str(Path(nanobind.source_dir()) / "nb_combined.cpp")],
+            sources=native_sources(),
             include_dirs=[nanobind.include_dir(), str(nanobind_folder / "ext" / "robin_map" / "include")],
             language="c++",
             optional=True,

@@ -53,7 +53,7 @@ def general_documents() -> list[str]:
 
 
 def _set_apart(text: str) -> str:
-    """Punctuation as words of its own, the form of many older corpora, whose tokens plain text never shows."""
+    """Punctuation as words of its own, the form of older corpora (WikiText among them), whose tokens plain text never shows."""
     text = re.sub(r"(?<!\d)([,.;:])|([,.;:])(?!\d)", r" \1\2", text)
     text = re.sub(r"([!?()])|(\"\B|\B\")|('s)\b", r" \1\2\3 ", text)
     return re.sub(r"\s+", " ", text).strip()

@@ -61,7 +61,10 @@ class CheckpointWriter:
         self.total_bytes += size
 
     def _flush(self) -> None:
-        save_file(self._pending, self._part(len(self._shards)), metadata={"format": "pt"})
+        part = self._part(len(self._shards))
+        save_file(self._pending, part, metadata={"format": "pt"})
+        # safetensors writes for the owner alone; a server often runs as someone else.
+        part.chmod(self.staging.stat().st_mode & 0o666)
         self._shards.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0
 

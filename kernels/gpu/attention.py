@@ -306,9 +306,7 @@ def decode_rows(heads: int, kv_heads: int) -> int:
     return max(16, triton.next_power_of_2(heads // kv_heads))
 
 
-def workspace_sizes(
-    max_sequences: int, heads: int, kv_heads: int, head_dim: int, num_segments: int
-) -> tuple[int, int]:
+def workspace_sizes(max_sequences: int, heads: int, kv_heads: int, head_dim: int, num_segments: int) -> tuple[int, int]:
     """fp32 values of the decode kernel's two workspaces."""
     places = max_sequences * kv_heads * num_segments * decode_rows(heads, kv_heads)
     return places * head_dim, 2 * places

@@ -180,13 +180,13 @@ class GpuBackend:
     def _prepare(self, weight: AwqWeight | DenseWeight) -> PackedAwq | Tensor:
         if isinstance(weight, DenseWeight):
             return self.gpu.place(weight.weight).to(self.dtype).contiguous()
-        tensors = (self.gpu.place(tensor) for tensor in (weight.qweight, weight.qzeros, weight.scales))
-        placed = AwqWeight(weight.name, *tensors, weight.group_size)
+        place = self.gpu.place
+        placed = AwqWeight(
+            weight.name, place(weight.qweight), place(weight.qzeros), place(weight.scales), weight.group_size
+        )
         if awq_gemm.can_pack(placed):
             return awq_gemm.pack(placed, self.dtype)
-        logger.warning(
-            "%s: group size %d is not a multiple of 32: expanded to 16 bit", weight.name, weight.group_size
-        )
+        logger.warning("%s: group size %d is not a multiple of 32: expanded to 16 bit", weight.name, weight.group_size)
         return placed.dequantize(self.dtype)
 
     def prepare_head(self, weight: DenseWeight | AwqWeight) -> GpuLinear:
@@ -373,9 +373,7 @@ class GpuBackend:
         extent, invariant = self._extent(batch), self.options.batch_invariant
         out = self._empty(q.shape[0], shape.q_size)
         max_keys = batch.block_tables.shape[1] * kv.keys.shape[2]
-        segment = attention_segment(
-            self.gpu.chip, extent.num_sequences, shape.num_kv_heads, max_keys, invariant
-        )
+        segment = attention_segment(self.gpu.chip, extent.num_sequences, shape.num_kv_heads, max_keys, invariant)
         cache = (kv.keys, kv.values, kv.key_scales, kv.value_scales)
         lists = (batch.block_tables, batch.seq_lens, batch.query_starts, batch.counts)
         if extent.decodes:
@@ -390,9 +388,7 @@ class GpuBackend:
                 soft_cap or 0.0,
             )  # fmt: skip
         if extent.prefills:
-            attention.prefill(
-                q, *cache, *lists, out, segment if invariant else 0, scale, window or 0, soft_cap or 0.0
-            )
+            attention.prefill(q, *cache, *lists, out, segment if invariant else 0, scale, window or 0, soft_cap or 0.0)
         return GpuInput(out)
 
     def act_and_mul(

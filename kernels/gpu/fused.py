@@ -33,9 +33,7 @@ def embed_kernel(ids_ptr, table_ptr, out_ptr, WIDTH: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit
-def gather_rows_kernel(
-    x_ptr, rows_ptr, counts_ptr, out_ptr, x_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr
-):
+def gather_rows_kernel(x_ptr, rows_ptr, counts_ptr, out_ptr, x_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """out[r] = x[rows[r]]; rows past counts[2] take row 0, since their entries are stale."""
     target = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

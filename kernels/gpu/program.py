@@ -53,7 +53,17 @@ class GpuProgram:
         return next((size for size in sorted(self._graphs) if size >= batch.num_sequences), None)
 
     def _warm_up(self) -> None:
-        """Every regime once, whatever the buffers hold: rows past the counts write nothing."""
+        """Every regime once, on an empty batch: rows past the counts read and write nothing that is not theirs."""
+        batch = self._batch
+        counts = batch.host_buffers()["counts"]
+        kept = counts.tolist()
+        counts.zero_()
+        self._backend.upload()
+        self._try_everything()
+        counts.copy_(torch.tensor(kept, dtype=counts.dtype))
+        self._backend.upload()
+
+    def _try_everything(self) -> None:
         batch, buckets = self._batch, graph_buckets(self._batch.max_sequences)
         for num_tokens in sorted({*(rows for rows in _ROWS_TRIED if rows < batch.max_tokens), batch.max_tokens}):
             self._run_with(num_tokens, batch.max_sequences, batch.max_rows, prefills=True)

@@ -50,9 +50,7 @@ def load_mass(row_ptr, offsets, vocabulary, temperature, largest, min_p):
 
 
 @triton.jit
-def search(
-    row_ptr, vocabulary, temperature, largest, min_p, floor, wanted, COUNT: tl.constexpr, BLOCK: tl.constexpr
-):
+def search(row_ptr, vocabulary, temperature, largest, min_p, floor, wanted, COUNT: tl.constexpr, BLOCK: tl.constexpr):
     """The largest key t such that the tokens with key >= t, of those with key >= floor, weigh `wanted` or more: by number (COUNT) or
     by mass. Two bits per pass."""
     found = floor * 0

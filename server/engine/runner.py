@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,8 @@ from server.engine.batch import fill_forward_batch
 from server.engine.sampler import Sampler
 from server.engine.scheduler import SampledToken, ScheduledBatch
 from server.models.decoder import Decoder
+
+WARM_UP_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +47,18 @@ class Runner:
         self.program = backend.record(lambda: decoder.forward(self.batch, self.kv), self.batch)
 
     @torch.inference_mode()
-    def warm_up(self) -> None:
-        """Runs one small batch on block 0, so that the first request finds everything compiled and paged in."""
-        length = min(self.batch.max_tokens, self.block_size)
-        tokens = range(length)
-        self.batch.fill([0] * length, tokens, tokens, [length], [length], [[0]], [length - 1])
-        self.program.run()
+    def warm_up(self) -> float:
+        """Runs small batches, so that the first request finds everything compiled and paged in. Returns the seconds that a prompt
+        token takes, by the last of them. They write to the first blocks, which nothing refers to yet."""
+        length = min(self.batch.max_tokens, WARM_UP_TOKENS, self.batch.block_tables.shape[1] * self.block_size)
+        tokens, blocks = range(length), range(-(-length // self.block_size))
+        seconds = 0.0
+        for _ in range(2):
+            self.batch.fill([0] * length, tokens, tokens, [length], [length], [blocks], [length - 1])
+            started = time.perf_counter()
+            self.program.run()
+            seconds = time.perf_counter() - started
+        return seconds / length
 
     @torch.inference_mode()
     def launch(self, scheduled: ScheduledBatch) -> StepHandle:

@@ -1,13 +1,16 @@
 """Which sequences compute which tokens in the next step, and what follows from the tokens sampled.
 
-One token budget per step is shared by decodes (first), prefill chunks of running sequences, and newly admitted ones, first come
-first served. Admission is optimistic: a sequence needs blocks for the tokens it has, not for those it may generate. When a running
-sequence finds no block, the youngest running one is preempted: its blocks are freed and it is computed anew later, the prefix
-cache permitting with little work. A sequence alone always fits: the pool holds max_model_len tokens at least.
+One budget per step is shared by decodes (first), prefill chunks of running sequences, and newly admitted ones, first come first
+served: a number of tokens and, so that a long prompt does not stall everybody's next token, a cost that stands for time.
+
+Admission is optimistic: a sequence needs blocks for the tokens it has, not for those it may generate. When a running sequence
+finds no block, the youngest running one is preempted: its blocks are freed and it is computed anew later, the prefix cache
+permitting with little work. A sequence alone always fits: the pool holds max_model_len tokens at least.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
@@ -15,6 +18,33 @@ from dataclasses import dataclass
 from server.engine.block_manager import BlockManager
 from server.engine.sequence import Sequence, SequenceStatus
 from server.types import FinishReason, StepStats, TokenEvent
+
+MIN_CHUNK = 16
+"""Tokens that a prompt advances by in a step even when decodes have used up the cost: nothing starves."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepBudget:
+    """What one step may hold. The unit of cost is one token's linear layers; attending to `balanced_context` keys costs as much
+    again. An infinite `max_cost` leaves the number of tokens as the only limit."""
+
+    max_tokens: int
+    max_cost: float = math.inf
+    balanced_context: float = math.inf
+
+    def cost(self, start: int, num_tokens: int) -> float:
+        """Of computing `num_tokens` tokens from position `start` on."""
+        return num_tokens * (1.0 + (start + num_tokens / 2) / self.balanced_context)
+
+    def affordable(self, start: int, cost: float) -> int:
+        """The most tokens from `start` on whose cost is at most `cost`, and MIN_CHUNK at least."""
+        if math.isinf(cost):
+            return self.max_tokens
+        if math.isinf(self.balanced_context):
+            return max(MIN_CHUNK, int(cost))
+        slope = 1.0 + start / self.balanced_context
+        root = math.sqrt(slope * slope + 2.0 * max(cost, 0.0) / self.balanced_context)
+        return max(MIN_CHUNK, int((root - slope) * self.balanced_context))
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +86,43 @@ class SampledToken:
     token_id: int | None
 
 
+class _Step:
+    """A step being filled."""
+
+    def __init__(self, budget: StepBudget) -> None:
+        self.budget = budget
+        self.entries: list[ScheduledSequence] = []
+        self._tokens_left = budget.max_tokens
+        self._cost_left = budget.max_cost
+
+    @property
+    def is_full(self) -> bool:
+        """Also once the cost is used up by a chunk: MIN_CHUNK is for the first one."""
+        return self._tokens_left == 0 or (self._cost_left <= 0 and not self._only_decodes)
+
+    @property
+    def _only_decodes(self) -> bool:
+        return all(entry.sequence.is_decoding for entry in self.entries)
+
+    def add(self, sequence: Sequence) -> None:
+        start = sequence.num_computed_tokens
+        affordable = self.budget.affordable(start, self._cost_left)
+        num_new_tokens = min(sequence.num_uncomputed_tokens, self._tokens_left, affordable)
+        self.entries.append(ScheduledSequence(sequence, start, num_new_tokens))
+        self._charge(self.entries[-1], 1)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Takes a preempted sequence out again, if it is in."""
+        for entry in self.entries:
+            if entry.sequence is sequence:
+                self._charge(entry, -1)
+        self.entries = [entry for entry in self.entries if entry.sequence is not sequence]
+
+    def _charge(self, entry: ScheduledSequence, sign: int) -> None:
+        self._tokens_left -= sign * entry.num_new_tokens
+        self._cost_left -= sign * self.budget.cost(entry.start, entry.num_new_tokens)
+
+
 class Scheduler:
     """Two queues and a block manager. `schedule`, compute, `postprocess`; `add` and `finish` in between."""
 
@@ -63,15 +130,15 @@ class Scheduler:
         self,
         block_manager: BlockManager,
         max_num_seqs: int,
-        max_num_batched_tokens: int,
+        budget: StepBudget,
         max_model_len: int,
         eos_token_ids: frozenset[int],
     ) -> None:
-        assert 0 < max_num_seqs <= max_num_batched_tokens
+        assert 0 < max_num_seqs <= budget.max_tokens
         assert block_manager.num_blocks * block_manager.block_size >= max_model_len
         self.block_manager = block_manager
         self.max_num_seqs = max_num_seqs
-        self.max_num_batched_tokens = max_num_batched_tokens
+        self.budget = budget
         self.max_model_len = max_model_len
         self.eos_token_ids = eos_token_ids
         self.waiting: deque[Sequence] = deque()
@@ -86,62 +153,53 @@ class Scheduler:
 
     # Before the step.
     def schedule(self, now: float) -> ScheduledBatch:
-        budget = self.max_num_batched_tokens
-        entries: list[ScheduledSequence] = []
+        step = _Step(self.budget)
         num_preemptions = 0
         # Decodes before chunks; within each, the order of admission. Preemption takes from the end of `running`.
         for sequence in sorted(self.running, key=lambda s: not s.is_decoding):
-            if not budget:
+            if step.is_full:
                 break
             if sequence.status is not SequenceStatus.RUNNING:
                 continue  # preempted by an earlier one in this very loop
             while not self.block_manager.can_extend(sequence):
                 victim = self._preempt_youngest()
-                entries = [entry for entry in entries if entry.sequence is not victim]
+                step.remove(victim)
                 num_preemptions += 1
                 if victim is sequence:
                     break
             if sequence.status is SequenceStatus.RUNNING:
                 self.block_manager.extend(sequence)
-                entries.append(self._take(sequence, budget))
-                budget = self.max_num_batched_tokens - sum(entry.num_new_tokens for entry in entries)
+                step.add(sequence)
         queries = hits = 0
-        if not num_preemptions:
-            for sequence in self._admit(budget, now):
-                queries += sequence.num_tokens
-                hits += sequence.num_computed_tokens
-                entries.append(self._take(sequence, budget))
-                budget -= entries[-1].num_new_tokens
-        return ScheduledBatch(entries, queries, hits, num_preemptions)
+        while not num_preemptions and not step.is_full:
+            admitted = self._admit(now)
+            if admitted is None:
+                break
+            queries += admitted.num_tokens
+            hits += admitted.num_computed_tokens
+            step.add(admitted)
+        return ScheduledBatch(step.entries, queries, hits, num_preemptions)
 
-    def _take(self, sequence: Sequence, budget: int) -> ScheduledSequence:
-        num_new_tokens = min(sequence.num_uncomputed_tokens, budget)
-        return ScheduledSequence(sequence, sequence.num_computed_tokens, num_new_tokens)
-
-    def _admit(self, budget: int, now: float) -> list[Sequence]:
-        """Moves waiting sequences to running, in order, while seats, tokens and blocks last. A sibling whose leader is still
-        filling their common blocks is stepped over, and keeps its place."""
-        admitted: list[Sequence] = []
-        held: list[Sequence] = []
-        while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
-            sequence = self.waiting[0]
+    def _admit(self, now: float) -> Sequence | None:
+        """Moves the first waiting sequence to running, if a seat and blocks are there. A sibling whose leader is still filling
+        their common blocks is stepped over, and keeps its place."""
+        if len(self.running) >= self.max_num_seqs:
+            return None
+        for index, sequence in enumerate(self.waiting):
             if self._waits_for_sibling(sequence):
-                held.append(self.waiting.popleft())
                 continue
             prefix = self.block_manager.find_prefix(sequence)
             if not self.block_manager.can_allocate(sequence, prefix):
-                break
-            self.waiting.popleft()
+                return None
+            del self.waiting[index]
             self.block_manager.allocate(sequence, prefix)
             if sequence.first_scheduled is None:
                 sequence.first_scheduled = now
                 sequence.num_cached_tokens = sequence.num_computed_tokens
             sequence.status = SequenceStatus.RUNNING
             self.running.append(sequence)
-            admitted.append(sequence)
-            budget -= min(budget, sequence.num_uncomputed_tokens)
-        self.waiting.extendleft(reversed(held))
-        return admitted
+            return sequence
+        return None
 
     def _waits_for_sibling(self, sequence: Sequence) -> bool:
         group, size = sequence.request.group_id, self.block_manager.block_size

@@ -64,7 +64,12 @@ class Case:
         return batch, self.q[picked].contiguous()
 
     def run(
-        self, query_lens: list[int], window: int = 0, soft_cap: float = 0.0, segment: int = 128, prefill_segment: int = 0
+        self,
+        query_lens: list[int],
+        window: int = 0,
+        soft_cap: float = 0.0,
+        segment: int = 128,
+        prefill_segment: int = 0,
     ) -> tuple[Tensor, Tensor]:
         batch, q = self.batch(query_lens)
         shape = self.shape

@@ -137,9 +137,7 @@ def reference_tokens(logits: Tensor, **params: list) -> tuple[Tensor, Tensor, Sa
 
 def device_tokens(logits: Tensor, batch: SamplingBatch) -> tuple[Tensor, Tensor]:
     result = torch.full((2, logits.shape[0] + 3), -7, dtype=torch.int32)
-    sampling.sample(
-        logits, batch.temperature, batch.top_k, batch.top_p, batch.min_p, batch.seed, batch.index, result
-    )
+    sampling.sample(logits, batch.temperature, batch.top_k, batch.top_p, batch.min_p, batch.seed, batch.index, result)
     assert (result[:, logits.shape[0] :] == -7).all()
     return result[0, : logits.shape[0]], result[1, : logits.shape[0]].bool()
 

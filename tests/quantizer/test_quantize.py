@@ -94,6 +94,8 @@ def test_sharded_output_has_an_index_and_the_same_tensors(make_checkpoint: Calla
     assert index["weight_map"].keys() == sharded.keys() == single.keys()
     assert all(torch.equal(single[name], sharded[name]) for name in single)
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in single.values())
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "sharded").iterdir() if path.is_file()}
+    assert modes == {(tmp_path / "sharded").stat().st_mode & 0o666}
     for file in files:
         sizes = [tensor.nbytes for tensor in load_file(tmp_path / "sharded" / file).values()]
         assert sum(sizes) <= 20_000 or len(sizes) == 1

@@ -73,6 +73,8 @@ struct OpsTable {
   void (*soft_cap)(float* x, int64_t n, float cap);
   // The lowest index among the largest values; *finite says whether every value is.
   int64_t (*argmax)(const float* x, int64_t n, bool* finite);
+  // The largest of each 64 values, the last few included: ceil(n / 64) of them.
+  void (*chunk_maxima)(const float* x, int64_t n, float* maxima);
   // scores[i] = x[i] / temperature; mass[i] = exp(scores[i] - maximum), 0 where under min_p.
   void (*exponentials)(const float* x, int64_t n, float temperature, float maximum, float min_p, float* scores, float* mass);
 };

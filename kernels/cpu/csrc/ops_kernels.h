@@ -214,6 +214,18 @@ int64_t argmax(const float* x, int64_t n, bool* finite) {
   return 0;
 }
 
+void chunk_maxima(const float* x, int64_t n, float* maxima) {
+  for (int64_t first = 0; first < n; first += 64) {
+    F8 best = set8(-__builtin_inff());
+    int64_t i = first;
+    const int64_t end = first + 64 < n ? first + 64 : n;
+    for (; i + kLanes <= end; i += kLanes) best = max8(load8(x + i), best);
+    float maximum = max_lane8(best);
+    for (; i < end; ++i) maximum = x[i] > maximum ? x[i] : maximum;
+    maxima[first / 64] = maximum;
+  }
+}
+
 void exponentials(const float* x, int64_t n, float temperature, float maximum, float min_p, float* scores, float* mass) {
   const F8 divisor = set8(temperature), top = set8(maximum), least = set8(min_p);
   for_each_vector(x, n, scores, [divisor](F8 v) __attribute__((always_inline)) { return v / divisor; });
@@ -223,7 +235,7 @@ void exponentials(const float* x, int64_t n, float temperature, float maximum, f
   });
 }
 
-const OpsTable kTable = {AWQ_OPS_NAME, embed_row,      norm_row, act_and_mul_row, rope_row,
-                         attend,       merge_partials, soft_cap, argmax,          exponentials};
+const OpsTable kTable = {AWQ_OPS_NAME,   embed_row, norm_row, act_and_mul_row, rope_row,    attend,
+                         merge_partials, soft_cap,  argmax,   chunk_maxima,    exponentials};
 
 }  // namespace

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <vector>
 
 namespace awq_cpu {
@@ -15,10 +16,12 @@ struct Candidate {
 // Scores in steps of 1/16 below the largest; the last bin holds all the rest.
 constexpr int kNumBins = 1024;
 constexpr float kBinsPerUnit = 16.0f;
+constexpr size_t kNucleusGuess = 256;  // tokens that top-p is first looked for in
 
 // Per-thread working memory, kept between rows and steps.
 struct Workspace {
   std::vector<float> scores, mass;
+  std::vector<float> maxima;
   std::vector<int16_t> bins;
   std::vector<Candidate> candidates;
 };
@@ -71,20 +74,40 @@ size_t count_top_k(const std::vector<Candidate>& ranked, int64_t top_k) {
   return count;
 }
 
-// Fills `candidates`, best first, with every token in bins up to `last_bin`.
-void gather_candidates(Workspace& work, int last_bin) {
-  work.candidates.clear();
-  for (size_t i = 0; i < work.bins.size(); ++i)
-    if (work.bins[i] <= last_bin) work.candidates.push_back({work.scores[i], work.mass[i], static_cast<int32_t>(i)});
-  std::sort(work.candidates.begin(), work.candidates.end(), [](const Candidate& a, const Candidate& b) {
+void rank(std::vector<Candidate>& candidates) {
+  std::sort(candidates.begin(), candidates.end(), [](const Candidate& a, const Candidate& b) {
     return a.score != b.score ? a.score > b.score : a.token < b.token;
   });
 }
 
-int32_t pick_filtered(Workspace& work, float maximum, int64_t top_k, double top_p, double random) {
+double mass_of(const std::vector<Candidate>& candidates, size_t count) {
+  double sum = 0.0;
+  for (size_t i = 0; i < count; ++i) sum += candidates[i].mass;
+  return sum;
+}
+
+// Every token with a mass and a score not under the count-th largest of the chunks' maxima: at least `count` tokens have such a
+// score, and for the peaked distributions of language models hardly more. False where there are too few chunks.
+bool gather_best(Workspace& work, const OpsTable& ops, size_t count) {
+  const int64_t n = static_cast<int64_t>(work.scores.size());
+  work.maxima.resize((n + 63) / 64);
+  if (count > work.maxima.size()) return false;
+  ops.chunk_maxima(work.scores.data(), n, work.maxima.data());
+  std::nth_element(work.maxima.begin(), work.maxima.begin() + count - 1, work.maxima.end(), std::greater<float>());
+  const float threshold = work.maxima[count - 1];
+  work.candidates.clear();
+  for (int64_t i = 0; i < n; ++i)
+    if (work.scores[i] >= threshold && work.mass[i] > 0.0f)
+      work.candidates.push_back({work.scores[i], work.mass[i], static_cast<int32_t>(i)});
+  return true;
+}
+
+// The same for any distribution and any filter: sorts tokens into bins by score and takes as many bins as the filters may need.
+// Top-k decides first, because top-p's share is of what top-k leaves.
+void gather_bins(Workspace& work, float maximum, int64_t top_k, double enough) {
   const size_t n = work.mass.size();
   int64_t counts[kNumBins] = {};
-  double masses[kNumBins] = {}, total = 0.0;
+  double masses[kNumBins] = {};
   work.bins.resize(n);
   for (size_t i = 0; i < n; ++i) {
     if (!(work.mass[i] > 0.0f)) {
@@ -96,28 +119,30 @@ int32_t pick_filtered(Workspace& work, float maximum, int64_t top_k, double top_
     work.bins[i] = static_cast<int16_t>(bin);
     ++counts[bin];
     masses[bin] += work.mass[i];
-    total += work.mass[i];
   }
-  // Only the best bins can hold what the filters keep; ranking those few is all the sorting there is. Top-k decides first, because
-  // top-p's share is of what top-k leaves.
   int last_bin = 0;
   int64_t num_seen = counts[0];
   double mass_seen = masses[0];
-  const double enough = top_p * total * (1.0 + 1e-9);
   while (last_bin < kNumBins - 1 && (top_k > 0 ? num_seen < top_k : mass_seen <= enough)) {
     ++last_bin;
     num_seen += counts[last_bin];
     mass_seen += masses[last_bin];
   }
-  gather_candidates(work, last_bin);
+  work.candidates.clear();
+  for (size_t i = 0; i < n; ++i)
+    if (work.bins[i] <= last_bin) work.candidates.push_back({work.scores[i], work.mass[i], static_cast<int32_t>(i)});
+}
+
+int32_t pick_filtered(Workspace& work, const OpsTable& ops, float maximum, int64_t top_k, double top_p, double random) {
+  const double total = top_k > 0 ? 0.0 : sum_range(work.mass.data(), 0, static_cast<int64_t>(work.mass.size()));
+  const double enough = top_p * total * (1.0 + 1e-9);
+  const bool found = gather_best(work, ops, top_k > 0 ? static_cast<size_t>(top_k) : kNucleusGuess);
+  if (!found || (top_k <= 0 && mass_of(work.candidates, work.candidates.size()) <= enough))
+    gather_bins(work, maximum, top_k, enough);
+  rank(work.candidates);
   size_t kept = count_top_k(work.candidates, top_k);
   if (top_p < 1.0) {
-    double limit = top_p * total;
-    if (top_k > 0) {
-      double kept_mass = 0.0;
-      for (size_t i = 0; i < kept; ++i) kept_mass += work.candidates[i].mass;
-      limit = top_p * kept_mass;
-    }
+    const double limit = top_p * (top_k > 0 ? mass_of(work.candidates, kept) : total);
     double before = 0.0;
     size_t nucleus = 0;
     for (; nucleus < kept && before < limit; ++nucleus) before += work.candidates[nucleus].mass;
@@ -126,8 +151,7 @@ int32_t pick_filtered(Workspace& work, float maximum, int64_t top_k, double top_
   work.candidates.resize(std::max<size_t>(kept, 1));
   auto& candidates = work.candidates;
   std::sort(candidates.begin(), candidates.end(), [](const Candidate& a, const Candidate& b) { return a.token < b.token; });
-  double kept_mass = 0.0;
-  for (const Candidate& candidate : candidates) kept_mass += candidate.mass;
+  const double kept_mass = mass_of(candidates, candidates.size());
   double cumulative = 0.0;
   for (const Candidate& candidate : candidates) {
     cumulative += candidate.mass;
@@ -152,7 +176,7 @@ int32_t sample_row(const OpsTable& ops, const float* logits, int64_t n, const Sa
   const int64_t top_k = parameters.top_k[row];
   const double top_p = parameters.top_p[row];
   if (top_k <= 0 && top_p >= 1.0) return pick_from_all(work.mass, random);
-  return pick_filtered(work, maximum, top_k, top_p, random);
+  return pick_filtered(work, ops, maximum, top_k, top_p, random);
 }
 
 }  // namespace

@@ -14,7 +14,7 @@ from kernels.backend import ForwardBatch
 from server.engine.batch import fill_forward_batch
 from server.engine.block_manager import BlockManager
 from server.engine.engine import Engine
-from server.engine.scheduler import SampledToken, ScheduledBatch, Scheduler
+from server.engine.scheduler import SampledToken, ScheduledBatch, Scheduler, StepBudget
 from server.types import EngineInfo, FinishReason, GenerateRequest, SamplingParams, TokenEvent
 
 VOCABULARY = 997
@@ -79,9 +79,12 @@ def make_engine(
     max_model_len: int = 64,
     enable_prefix_caching: bool = True,
     eos_token_ids: frozenset[int] = frozenset(),
+    cost: dict[str, float] | None = None,
 ) -> Engine:
     manager = BlockManager(num_blocks, block_size, enable_prefix_caching)
-    scheduler = Scheduler(manager, max_num_seqs, max_num_batched_tokens, max_model_len, eos_token_ids)
+    scheduler = Scheduler(
+        manager, max_num_seqs, StepBudget(max_num_batched_tokens, **(cost or {})), max_model_len, eos_token_ids
+    )
     runner = FakeRunner(num_blocks, block_size, max_num_batched_tokens, max_num_seqs, max_model_len)
     info = EngineInfo(0, max_model_len, num_blocks, block_size, "fake")
     return Engine(scheduler, runner, info, seed=0)  # type: ignore[arg-type]

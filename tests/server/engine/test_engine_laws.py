@@ -4,6 +4,7 @@ And the laws' own test: planted bugs must break them."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -52,11 +53,12 @@ ENGINES = st.fixed_dictionaries(
         "max_num_seqs": st.integers(1, 8),
         "max_num_batched_tokens": st.integers(8, 40),
         "enable_prefix_caching": st.booleans(),
+        "cost": st.sampled_from((None, {"max_cost": 9.0}, {"max_cost": 20.0, "balanced_context": 10.0})),
     }
 )
 
 
-def check_laws(arrivals: list[Arrival], engine_options: dict[str, int]) -> None:
+def check_laws(arrivals: list[Arrival], engine_options: dict[str, Any]) -> None:
     engine = make_engine(block_size=4, max_model_len=64, **engine_options)
     plans = {
         f"{index}.{sibling}": arrival for index, arrival in enumerate(arrivals) for sibling in range(arrival.siblings)

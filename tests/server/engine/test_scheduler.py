@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from server.engine.scheduler import MIN_CHUNK, StepBudget
 from server.types import AbortReason, FinishReason
 from tests.server.engine.fake_model import expected_output, make_engine, reason_of, request, run_to_end, tokens_of
 
@@ -18,6 +19,25 @@ def test_decodes_go_before_prefill_chunks_within_one_budget() -> None:
     engine.submit(request("long", list(range(40)), 4))
     batch = engine.scheduler.schedule(time.monotonic())
     assert [(entry.sequence.request_id, entry.num_new_tokens) for entry in batch.entries] == [("short", 1), ("long", 7)]
+
+
+def test_a_step_costs_less_the_longer_the_context_is() -> None:
+    """With attention over 100 keys as dear as the linears, chunks shrink as the prompt goes on, and never below MIN_CHUNK."""
+    budget = StepBudget(512, max_cost=100.0, balanced_context=100.0)
+    for start in (0, 50, 100, 400):
+        tokens = budget.affordable(start, 100.0)
+        assert budget.cost(start, tokens) <= 100.0 < budget.cost(start, tokens + 1)
+    assert budget.affordable(10_000, 100.0) == MIN_CHUNK and budget.affordable(0, -5.0) == MIN_CHUNK
+    engine = make_engine(
+        max_num_batched_tokens=64, max_model_len=128, cost={"max_cost": 40.0, "balanced_context": 30.0}
+    )
+    engine.submit(request("long", list(range(100)), 2))
+    chunks = []
+    while engine.has_work():
+        batch = engine.scheduler.schedule(time.monotonic())
+        chunks.append(batch.num_tokens)
+        engine.scheduler.postprocess(batch, engine.runner.collect(engine.runner.launch(batch)), time.monotonic())
+    assert chunks[0] > chunks[1] >= MIN_CHUNK and sum(chunks) == 101
 
 
 def test_a_decode_is_not_delayed_by_a_long_prompt() -> None:
