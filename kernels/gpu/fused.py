@@ -315,10 +315,19 @@ def dense_kernel(
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=row_mask[None, :] & column_mask[:, None])
 
 
+def _check_dense(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, invariant: bool) -> None:
+    expect(
+        x.shape[1] == weight.shape[1] and out.shape == (x.shape[0], weight.shape[0]),
+        "dense",
+        f"{list(x.shape)} times {list(weight.shape)} transposed is not {list(out.shape)}",
+    )
+    expect(x.dtype == weight.dtype, "dense", f"x is {x.dtype}, the weight {weight.dtype}")
+
+
 def _dense(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, invariant: bool) -> None:
     """The library's product, fp32 accumulated; off the GPU (checks) the operands are widened first. `invariant`: our kernel."""
+    _check_dense(x, weight, bias, out, invariant)
     rows, n = out.shape
-    expect(x.shape[1] == weight.shape[1], "dense", f"x has {x.shape[1]} columns, the weight {weight.shape[1]}")
     if invariant:
         launch(
             dense_kernel, (-(-n // 64), -(-rows // 64)), x, weight, bias, out, rows, n, x.shape[1], x.stride(0),
@@ -335,4 +344,6 @@ def _dense(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, invarian
     out.copy_(product if bias is None else product + bias)
 
 
-dense = define("dense(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out, bool invariant) -> ()", _dense)
+dense = define(
+    "dense(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out, bool invariant) -> ()", _dense, _check_dense
+)

@@ -13,8 +13,11 @@ from kernels.gpu import launch as launching
 LIBRARY = torch.library.Library("awq_serve", "DEF")
 
 
-def define(schema: str, implementation: Callable[..., None]) -> Callable[..., None]:
-    """Registers an op that writes to its arguments and returns nothing.
+def define(
+    schema: str, implementation: Callable[..., None], check: Callable[..., None] | None = None
+) -> Callable[..., None]:
+    """Registers an op that writes to its arguments and returns nothing. `check` is what the fake runs where the implementation
+    computes by more than launches.
 
     The fake runs the implementation, which reads no data, with nothing launched: all its checks of shapes and dtypes hold under fake
     tensors too. It adds the one that kernels cannot make: that all tensors are on one device.
@@ -25,7 +28,9 @@ def define(schema: str, implementation: Callable[..., None]) -> Callable[..., No
 
     def fake(*args: Any, **kwargs: Any) -> None:
         expect_one_device(name, [*args, *kwargs.values()])
-        if launching.is_intercepted():
+        if check is not None:
+            check(*args, **kwargs)
+        elif launching.is_intercepted():
             implementation(*args, **kwargs)
         else:
             with launching.intercept(lambda launch: None):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -129,8 +130,51 @@ class FakeCudaDevice(HostDevice):
         return None
 
     def _check(self, on_device: Tensor, on_host: Tensor) -> None:
-        assert on_device.device == self.torch_device and on_host.device.type == "cpu", (on_device.device, on_host.device)
+        assert on_device.device == self.torch_device and on_host.device.type == "cpu", (
+            on_device.device,
+            on_host.device,
+        )
         assert (on_device.shape, on_device.dtype) == (on_host.shape, on_host.dtype)
 
     def memory(self) -> tuple[int, int]:
         return 80 << 30, 79 << 30
+
+
+class WithoutDeviceGuards(TorchFunctionMode):
+    """A few methods of a CUDA tensor ask a CPU-only torch for a CUDA device before any op runs; here they go to the same ops without."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not (args and isinstance(args[0], Tensor) and args[0].device.type == "cuda"):
+            return func(*args, **kwargs)
+        if func is Tensor.__getitem__:
+            return self._index(*args)
+        if func is Tensor.contiguous:
+            if args[0].is_contiguous():
+                return args[0]
+            return torch.ops.aten.clone.default(args[0], memory_format=torch.contiguous_format)
+        if func in (Tensor.item, Tensor.tolist):
+            return torch.ops.aten._local_scalar_dense.default(args[0])
+        if func in (Tensor.float, Tensor.half):
+            return args[0].to(torch.float32 if func is Tensor.float else torch.float16)
+        return func(*args, **kwargs)
+
+    def _index(self, tensor: Tensor, index: Any) -> Tensor:
+        index = index if isinstance(index, tuple) else (index,)
+        if Ellipsis in index:
+            place = index.index(Ellipsis)
+            missing = tensor.dim() - sum(item is not None for item in index) + 1
+            index = (*index[:place], *[slice(None)] * missing, *index[place + 1 :])
+        dim = 0
+        for item in index:
+            if item is None:
+                tensor = tensor.unsqueeze(dim)
+                dim += 1
+            elif isinstance(item, slice):
+                tensor = torch.ops.aten.slice.Tensor(tensor, dim, item.start, item.stop, item.step or 1)
+                dim += 1
+            elif isinstance(item, int):
+                tensor = tensor.select(dim, item)
+            else:
+                raise NotImplementedError(f"index {item!r}")
+        return tensor

@@ -133,7 +133,12 @@ def serve(engine: Engine, max_tokens: int = 4) -> dict[str, list[int]]:
     outputs: dict[str, list[int]] = {}
     for index, (length, temperature) in enumerate(REQUESTS):
         params = SamplingParams(
-            max_tokens=max_tokens, temperature=temperature, top_p=0.9, seed=index, min_tokens=max_tokens, ignore_eos=False
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=0.9,
+            seed=index,
+            min_tokens=max_tokens,
+            ignore_eos=False,
         )
         engine.submit(GenerateRequest(str(index), random_tokens(length, index), params, time.monotonic()))
     while engine.has_work():
