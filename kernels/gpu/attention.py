@@ -1,8 +1,8 @@
 """Attention over the paged cache: decoding split over segments of keys, and prefill of chunks of any lengths.
 
-Both are an online softmax (arXiv 1805.02867) over blocks of KEY_BLOCK keys aligned to position 0. Decoding computes each segment of keys
-in a program of its own and merges the segments in their order. Prefill walks all keys at once, or, with `segment` given, segment by
-segment with the same merge: then a row's bits are those of decoding.
+Both are an online softmax (arXiv 1805.02867) over blocks of keys aligned to position 0. Decoding computes each segment of keys
+in a program of its own and merges the segments in their order. Prefill walks all keys at once, or, with `segment` given,
+segment by segment with the same merge: then a row's bits are those of decoding.
 
 Query heads that share a KV head form the rows of one product, so keys and values are read once per group.
 """
@@ -17,7 +17,14 @@ from kernels.gpu.fused import tanh
 from kernels.gpu.launch import launch
 from kernels.gpu.library import define, expect
 
-KEY_BLOCK = 64
+SEGMENT_MULTIPLE = 64
+
+
+def key_block(head_dim: int) -> int:
+    """Keys per turn of the loop: fewer where a block of keys and values would fill a Turing's shared memory."""
+    return 64 if head_dim <= 128 else 32
+
+
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -32,7 +39,7 @@ def widen(x, DTYPE: tl.constexpr):
 def attend(
     q,  # [ROWS, BLOCK_D]
     positions,  # int32 [ROWS]
-    first,  # multiple of KEY_BLOCK
+    first,  # multiple of KEYS
     last,
     key_ptr,
     value_ptr,
@@ -247,8 +254,8 @@ def prefill_kernel(
     WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
 ):
-    """A tile of ROWS // GROUP query tokens, all heads of one KV head. Which sequence it belongs to, the kernel finds by itself from
-    the query starts; sequences with one query token have no tiles here."""
+    """A tile of ROWS // GROUP query tokens, all heads of one KV head. Which sequence it belongs to, the kernel finds by
+    itself from the query starts; sequences with one query token have no tiles here."""
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
     GROUP: tl.constexpr = HEADS // KV_HEADS
@@ -341,13 +348,17 @@ def _decode(
         "attention_decode",
         f"workspaces hold {acc.numel()} and {stats.numel()} values, not {needed}",
     )
-    expect(segment % KEY_BLOCK == 0, "attention_decode", f"segment {segment} is not a multiple of {KEY_BLOCK}")
+    expect(
+        segment % SEGMENT_MULTIPLE == 0,
+        "attention_decode",
+        f"segment {segment} is not a multiple of {SEGMENT_MULTIPLE}",
+    )
     constants = {
         "HEADS": heads,
         "KV_HEADS": kv_heads,
         "D": head_dim,
         "BLOCK_D": triton.next_power_of_2(head_dim),
-        "KEYS": KEY_BLOCK,
+        "KEYS": key_block(head_dim),
         "SEGMENT": segment,
         "ROWS": rows,
         "WINDOW": window > 0,
@@ -355,7 +366,8 @@ def _decode(
     launch(
         decode_kernel, (num_sequences, kv_heads, num_segments), q, keys, values, key_scales, value_scales, tables,
         seq_lens, query_starts, counts, acc, stats, scale, soft_cap, window, tables.stride(0), **constants,
-        BLOCK_SIZE=block_size, SOFT_CAP=soft_cap > 0, num_warps=4, num_stages=2,
+        BLOCK_SIZE=block_size, SOFT_CAP=soft_cap > 0,
+        num_warps=8 if head_dim > 128 or (head_dim > 64 and key_scales is not None) else 4, num_stages=2,
     )  # fmt: skip
     launch(
         merge_kernel, (num_sequences, kv_heads), acc, stats, seq_lens, query_starts, counts, out, window, num_segments,
@@ -363,11 +375,12 @@ def _decode(
     )  # fmt: skip
 
 
-def prefill_tile(head_dim: int, group: int, segmented: bool) -> tuple[int, int, int]:
-    """Rows of a tile, warps and pipeline stages."""
-    rows = 64 if head_dim <= 128 else 32
-    rows = max(rows, triton.next_power_of_2(group))
-    return rows, 8 if segmented or head_dim > 128 else 4, 2 if head_dim <= 128 else 1
+def prefill_tile(head_dim: int, group: int, segmented: bool, int8: bool) -> tuple[int, int]:
+    """Rows of a tile and warps: as many rows as registers hold beside the second sum that segments need, or widened int8."""
+    rows, num_warps = (64, 4) if head_dim <= 64 else (64, 8)
+    if head_dim > 128 or (head_dim > 64 and (segmented or int8)):
+        rows = 32
+    return max(rows, triton.next_power_of_2(group)), num_warps
 
 
 def _prefill(
@@ -389,17 +402,21 @@ def _prefill(
     tokens, heads, head_dim = q.shape
     _, kv_heads, block_size, _ = keys.shape
     group = heads // kv_heads
-    rows, num_warps, num_stages = prefill_tile(head_dim, group, segment > 0)
+    rows, num_warps = prefill_tile(head_dim, group, segment > 0, key_scales is not None)
     max_sequences = seq_lens.shape[0]
-    expect(segment % KEY_BLOCK == 0, "attention_prefill", f"segment {segment} is not a multiple of {KEY_BLOCK}")
+    expect(
+        segment % SEGMENT_MULTIPLE == 0,
+        "attention_prefill",
+        f"segment {segment} is not a multiple of {SEGMENT_MULTIPLE}",
+    )
     # Every sequence with several tokens may end in a partial tile, and has two tokens at least.
     max_tiles = tokens // (rows // group) + min(max_sequences, tokens // 2)
     launch(
         prefill_kernel, (max_tiles, kv_heads), q, keys, values, key_scales, value_scales, tables, seq_lens,
         query_starts, counts, out, scale, soft_cap, window, tables.stride(0), HEADS=heads, KV_HEADS=kv_heads,
-        D=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), BLOCK_SIZE=block_size, KEYS=KEY_BLOCK, SEGMENT=segment,
+        D=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), BLOCK_SIZE=block_size, KEYS=key_block(head_dim), SEGMENT=segment,
         ROWS=rows, MAX_SEQUENCES=triton.next_power_of_2(max_sequences), WINDOW=window > 0, SOFT_CAP=soft_cap > 0,
-        num_warps=num_warps, num_stages=num_stages,
+        num_warps=num_warps, num_stages=2,
     )  # fmt: skip
 
 

@@ -20,7 +20,8 @@ _ZERO_BIAS = {torch.float16: 1024, torch.bfloat16: 128}
 class PackedAwq:
     """One quantized weight in the kernels' layout, or several of one shape (`num_experts` > 0).
 
-    words int16 [(experts,) N/128, K/128, 128, 32]; groups int32 [(experts,) N/128, groups, 128]; see kernels/gpu/awq_kernels.py.
+    words int16 [(experts,) N/128, K/128, 128, 32]; groups int32 [(experts,) N/128, groups, 128]; see
+    kernels/gpu/awq_kernels.py.
     """
 
     words: Tensor
@@ -207,7 +208,8 @@ def gemm(
     config: GemmConfig,
     use_ptx: bool,
 ) -> None:
-    """out = x @ W^T + bias. x 16 bit [rows, K]; out [rows, N] 16 bit or fp32, may be columns of a wider tensor; bias fp32 [N]."""
+    """out = x @ W^T + bias. x 16 bit [rows, K]; out [rows, N] 16 bit or fp32, may be columns of a wider tensor; bias fp32
+    [N]."""
     _gemm(
         x, weight.words, weight.groups, bias, out, partials, arrivals, None, None, 1, weight.group_size, config.block_m,
         config.num_parts, config.split, config.scale_after, weight.scale_bf16, config.num_warps, config.num_stages,

@@ -1,15 +1,16 @@
 """Triton kernels of the quantized linear: 4-bit weights times 16-bit activations, fp32 accumulation.
 
-Weights are the first operand: a program computes a [BLOCK_N, BLOCK_M] tile of the transposed output, so that every weight is unpacked
-by exactly one warp, and on Hopper goes to the tensor core from registers.
+Weights are the first operand: a program computes a [BLOCK_N, BLOCK_M] tile of the transposed output, so that every weight is
+unpacked by exactly one warp, and on Hopper goes to the tensor core from registers.
 
-Layout ("slabs", made once at load): the words of one 128 x 128 tile are contiguous, int16 [N/128, K/128, 128, 32]; nibble j of word
-(n, i) is the weight of column n at k = 128 tile + 32 j + i. So nibble plane j meets 32 contiguous activations, and only elementwise
-ops stand between load and dot: Triton then loads the words in the dot's own register layout.
+Layout ("slabs", made once at load): the words of one 128 x 128 tile are contiguous, int16 [N/128, K/128, 128, 32]; nibble j
+of word (n, i) is the weight of column n at k = 128 tile + 32 j + i. So nibble plane j meets 32 contiguous activations, and
+only elementwise ops stand between load and dot: Triton then loads the words in the dot's own register layout.
 
-A weight is q - z exactly, as the small integer it is: nibbles are set into the mantissa of 1024 (fp16) or 128 (bf16) by a lop3 and the
-subtraction of 1024 + z or 128 + z removes the bias. Scales are applied to the fp32 product of a group (SCALE_AFTER), which rounds
-nothing, or to the weight, which is cheaper for many rows. A group that spans all of K is scaled once, at the end.
+A weight is q - z exactly, as the small integer it is: nibbles are set into the mantissa of 1024 (fp16) or 128 (bf16) by a
+lop3 and the subtraction of 1024 + z or 128 + z removes the bias. Scales are applied to the fp32 product of a group
+(SCALE_AFTER), which rounds nothing, or to the weight, which is cheaper for many rows. A group that spans all of K is scaled
+once, at the end.
 """
 
 import triton
@@ -255,7 +256,8 @@ def awq_gemm_kernel(
             )  # fmt: skip
 
     if SPLIT and NUM_PARTS > 1:
-        # Every part leaves its tile in the workspace; the last to arrive adds them up in their order, so the sum is always the same.
+        # Every part leaves its tile in the workspace; the last to arrive adds them up in their order, so the sum is always
+        # the same.
         tile = tile_m * tl.num_programs(0) + tile_n
         in_tile = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
         tiles = partials_ptr + tile.to(tl.int64) * (NUM_PARTS * BLOCK_N * BLOCK_M) + in_tile

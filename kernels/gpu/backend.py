@@ -1,7 +1,7 @@
 """The Triton back end: what kernels/backend.py asks for, on one GPU.
 
-A step is one copy to the device, one graph (decodes) or the ops one by one (steps with prefill), sampling, and one copy back. Activations
-are 16 bit, the residual stream and all sums fp32.
+A step is one copy to the device, one graph (decodes) or the ops one by one (steps with prefill), sampling, and one copy back.
+Activations are 16 bit, the residual stream and all sums fp32.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from kernels.backend import (
 )
 from kernels.format import AwqWeight, DenseWeight
 from kernels.gpu import attention, awq_gemm, fused, sampling
+from kernels.gpu.autotune import cache_path, choose, load
 from kernels.gpu.awq_gemm import PackedAwq
 from kernels.gpu.device import Device, Staging
 from kernels.gpu.program import GpuProgram
@@ -159,13 +160,16 @@ class GpuBackend:
         self._staging: Staging | None = None
         self._result: tuple[Tensor, Tensor] | None = None
         self._largest_quantized = 0
+        self._dtype_name = str(self.dtype).removeprefix("torch.")
+        self.tuned = load(cache_path(device.chip))
         logger.info(
-            "gpu back end: %s (%s, %d multiprocessors), %s%s",
+            "gpu back end: %s (%s, %d multiprocessors), %s%s, %d tuned products",
             device.chip.name,
             device.chip.arch,
             device.chip.num_sms,
-            str(self.dtype).removeprefix("torch."),
+            self._dtype_name,
             ", batch invariant" if options.batch_invariant else "",
+            len(self.tuned),
         )
 
     # Preparation.
@@ -316,7 +320,10 @@ class GpuBackend:
 
     def _quantized(self, x: Tensor, part: PackedAwq, bias: Tensor | None, out: Tensor) -> None:
         n, k, rows = part.out_features, part.in_features, x.shape[0]
-        config = gemm_config(self.gpu.chip, rows, n, k, part.group_size, self.options.batch_invariant)
+        if self.options.batch_invariant:
+            config = gemm_config(self.gpu.chip, rows, n, k, part.group_size, batch_invariant=True)
+        else:
+            config = choose(self.gpu.chip, self.tuned, rows, n, k, part.group_size, self._dtype_name)
         if config.dequantize:
             dense = self.workspace.take("dequantized", self._largest_quantized, self.dtype)[: n * k].view(n, k)
             awq_gemm.dequantize(part, dense, self.gpu.use_ptx)

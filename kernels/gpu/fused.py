@@ -1,7 +1,7 @@
 """The elementwise part of a step: embedding, norms, rotation with the KV write, gated activations, row gathering.
 
-All compute in fp32 and round once, on the store. Rows past the step's counts (a captured graph runs whole buckets) compute what nobody
-reads; only the KV write must not happen for them, so it looks at the counts.
+All compute in fp32 and round once, on the store. Rows past the step's counts (a captured graph runs whole buckets) compute
+what nobody reads; only the KV write must not happen for them, so it looks at the counts.
 """
 
 from __future__ import annotations
@@ -315,24 +315,25 @@ def dense_kernel(
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=row_mask[None, :] & column_mask[:, None])
 
 
-def _check_dense(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, invariant: bool) -> None:
+def _start_dense(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, invariant: bool) -> None:
     expect(
         x.shape[1] == weight.shape[1] and out.shape == (x.shape[0], weight.shape[0]),
         "dense",
         f"{list(x.shape)} times {list(weight.shape)} transposed is not {list(out.shape)}",
     )
     expect(x.dtype == weight.dtype, "dense", f"x is {x.dtype}, the weight {weight.dtype}")
-
-
-def _dense(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, invariant: bool) -> None:
-    """The library's product, fp32 accumulated; off the GPU (checks) the operands are widened first. `invariant`: our kernel."""
-    _check_dense(x, weight, bias, out, invariant)
     rows, n = out.shape
     if invariant:
         launch(
             dense_kernel, (-(-n // 64), -(-rows // 64)), x, weight, bias, out, rows, n, x.shape[1], x.stride(0),
             out.stride(0), BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=3,
         )  # fmt: skip
+
+
+def _dense(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, invariant: bool) -> None:
+    """The library's product, fp32 accumulated; off the GPU (checks) the operands are widened first. `invariant`: our kernel."""
+    _start_dense(x, weight, bias, out, invariant)
+    if invariant:
         return
     if x.is_cuda and out.dtype == x.dtype:
         out.copy_(torch.nn.functional.linear(x, weight, bias.to(x.dtype) if bias is not None else None))
@@ -345,5 +346,5 @@ def _dense(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, invarian
 
 
 dense = define(
-    "dense(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out, bool invariant) -> ()", _dense, _check_dense
+    "dense(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out, bool invariant) -> ()", _dense, _start_dense
 )

@@ -1,4 +1,5 @@
-"""Every kernel wrapper is a `torch.library` op in the namespace `awq_serve`: fake tensors, dispatch modes and tracers see it."""
+"""Every kernel wrapper is a `torch.library` op in the namespace `awq_serve`: fake tensors, dispatch modes and tracers see
+it."""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ def define(
     """Registers an op that writes to its arguments and returns nothing. `check` is what the fake runs where the implementation
     computes by more than launches.
 
-    The fake runs the implementation, which reads no data, with nothing launched: all its checks of shapes and dtypes hold under fake
-    tensors too. It adds the one that kernels cannot make: that all tensors are on one device.
+    The fake runs the implementation, which reads no data, with nothing launched: all its checks of shapes and dtypes hold
+    under fake tensors too. It adds the one that kernels cannot make: that all tensors are on one device.
     """
     name = schema.partition("(")[0]
     LIBRARY.define(schema)
@@ -28,13 +29,12 @@ def define(
 
     def fake(*args: Any, **kwargs: Any) -> None:
         expect_one_device(name, [*args, *kwargs.values()])
-        if check is not None:
-            check(*args, **kwargs)
-        elif launching.is_intercepted():
-            implementation(*args, **kwargs)
+        run = check or implementation
+        if launching.is_intercepted():
+            run(*args, **kwargs)
         else:
             with launching.intercept(lambda launch: None):
-                implementation(*args, **kwargs)
+                run(*args, **kwargs)
 
     torch.library.register_fake(f"awq_serve::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.awq_serve, name)

@@ -23,7 +23,8 @@ _ROWS_TRIED = (1, 9, 17, 33, 65)
 
 
 class GpuProgram:
-    """Runs `forward` over `batch`. The first run, which must not be a request's, compiles every kernel and captures every graph."""
+    """Runs `forward` over `batch`. The first run, which must not be a request's, compiles every kernel and captures every
+    graph."""
 
     def __init__(self, backend: GpuBackend, forward: Callable[[], Tensor], batch: ForwardBatch) -> None:
         self._backend, self._forward, self._batch = backend, forward, batch

@@ -1,7 +1,8 @@
 """Sampling on the device: one program per row, nothing sorted, nothing read back.
 
-The same tokens as `kernels.reference.sample_rows`: thresholds of top-k and top-p are found by a search over the bits of the ordered
-values, so that ties are told apart exactly as there; masses are summed in fp64, as there; the random number is the same Philox.
+The same tokens as `kernels.reference.sample_rows`: thresholds of top-k and top-p are found by a search over the bits of the
+ordered values, so that ties are told apart exactly as there; masses are summed in fp64, as there; the random number is the
+same Philox.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ def load_mass(row_ptr, offsets, vocabulary, temperature, largest, min_p):
 
 @triton.jit
 def search(row_ptr, vocabulary, temperature, largest, min_p, floor, wanted, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """The largest key t such that the tokens with key >= t, of those with key >= floor, weigh `wanted` or more: by number (COUNT) or
-    by mass. Two bits per pass."""
+    """The largest key t such that the tokens with key >= t, of those with key >= floor, weigh `wanted` or more: by number
+    (COUNT) or by mass. Two bits per pass."""
     found = floor * 0
     for step in range(16):
         one = (floor * 0 + 1) << (30 - 2 * step)
@@ -79,7 +80,8 @@ def search(row_ptr, vocabulary, temperature, largest, min_p, floor, wanted, COUN
 
 @triton.jit
 def keep(key, mass, floor, cut, above, limit, ties):
-    """fp64 mass of a chunk after top-k and top-p, and which of its entries tie at the cut. `ties` counts those of earlier chunks."""
+    """fp64 mass of a chunk after top-k and top-p, and which of its entries tie at the cut. `ties` counts those of earlier
+    chunks."""
     wide = tl.where(key >= floor, mass, 0.0).to(tl.float64)
     tied = tl.where((key == cut) & (wide > 0), 1.0, 0.0).to(tl.float64)
     rank = ties + tl.cumsum(tied, 0) - tied

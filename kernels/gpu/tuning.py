@@ -107,8 +107,8 @@ def gemm_config(
 ) -> GemmConfig:
     """The configuration for x [num_rows, K] times W [N, K] quantized in groups of `group_size` (0: one group over K).
 
-    With `batch_invariant`, partition of K, placement of scales and matrix instruction are functions of N, K and the chip alone; whether
-    the parts of K are computed side by side or in turn does not change their sum.
+    With `batch_invariant`, partition of K, placement of scales and matrix instruction are functions of N, K and the chip
+    alone; whether the parts of K are computed side by side or in turn does not change their sum.
     """
     entry = _TABLE.get(chip.arch, _DEFAULT)
     if batch_invariant:

@@ -1,5 +1,5 @@
-"""Stand-ins for `kernels.gpu.device.Device`: tensors in host memory for the interpreter, fake CUDA tensors for placement, and a graph
-that records ops and replays them on poisoned inputs."""
+"""Stand-ins for `kernels.gpu.device.Device`: tensors in host memory for the interpreter, fake CUDA tensors for placement, and
+a graph that records ops and replays them on poisoned inputs."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ class HostDevice:
 
 
 class RecordedGraph(TorchDispatchMode):
-    """Records every op that `run` calls, with its tensors, and calls them again on replay: on the same memory, whatever Python would pass
-    now. Before a replay all memory that is neither static nor a result of the recording is filled with NaN (or 77): a
-    captured graph must not depend on what a step makes anew."""
+    """Records every op that `run` calls, with its tensors, and calls them again on replay: on the same memory, whatever
+    Python would pass now. Before a replay all memory that is neither static nor a result of the recording is filled with NaN
+    (or 77): a captured graph must not depend on what a step makes anew."""
 
     def __init__(self, run: Callable[[], None], static: Iterable[Tensor]) -> None:
         super().__init__()
@@ -141,7 +141,8 @@ class FakeCudaDevice(HostDevice):
 
 
 class WithoutDeviceGuards(TorchFunctionMode):
-    """A few methods of a CUDA tensor ask a CPU-only torch for a CUDA device before any op runs; here they go to the same ops without."""
+    """A few methods of a CUDA tensor ask a CPU-only torch for a CUDA device before any op runs; here they go to the same ops
+    without."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

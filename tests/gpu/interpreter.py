@@ -1,5 +1,5 @@
-"""What Triton's interpreter lacks: bfloat16 arithmetic, which it computes on raw bit patterns, inline PTX, and products whose rows do
-not depend on each other.
+"""What Triton's interpreter lacks: bfloat16 arithmetic, which it computes on raw bit patterns, inline PTX, and products whose
+rows do not depend on each other.
 
 `install` mends both in place; `tests/gpu/test_interpreter.py` tests the mends.
 """
@@ -110,8 +110,8 @@ def _lop3(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: int) -> np.ndarray
 
 
 def run_ptx(text: str, inputs: list[np.ndarray], num_outputs: int) -> list[np.ndarray]:
-    """Runs PTX statements on vectors of 32-bit registers; $0.. are the outputs, then the inputs. Raises NotImplementedError for an
-    opcode it does not know."""
+    """Runs PTX statements on vectors of 32-bit registers; $0.. are the outputs, then the inputs. Raises NotImplementedError
+    for an opcode it does not know."""
     size = inputs[0].size
     registers = {f"${num_outputs + index}": value for index, value in enumerate(inputs)}
 

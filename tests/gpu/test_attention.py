@@ -1,4 +1,5 @@
-"""Paged attention in the interpreter against the reference: decode, prefill, mixed batches, windows, soft caps, head sizes, int8."""
+"""Paged attention in the interpreter against the reference: decode, prefill, mixed batches, windows, soft caps, head sizes,
+int8."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The quantized linear in the interpreter against the dequantized weight, for every mode, dtype, group size and ragged shape."""
+"""The quantized linear in the interpreter against the dequantized weight, for every mode, dtype, group size and ragged
+shape."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Tiny models through the whole engine with the GPU back end in the interpreter, against the reference; and graphs, with a stand-in."""
+"""Tiny models through the whole engine with the GPU back end in the interpreter, against the reference; and graphs, with a
+stand-in."""
 
 from __future__ import annotations
 

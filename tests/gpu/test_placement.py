@@ -1,4 +1,5 @@
-"""Whole engine steps on a fake CUDA device: no op mixes devices, and nothing but `collect` waits. Each check with its planted fault."""
+"""Whole engine steps on a fake CUDA device: no op mixes devices, and nothing but `collect` waits. Each check with its planted
+fault."""
 
 from __future__ import annotations
 
