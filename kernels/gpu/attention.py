@@ -18,13 +18,6 @@ from kernels.gpu.launch import launch
 from kernels.gpu.library import define, expect
 
 SEGMENT_MULTIPLE = 64
-
-
-def key_block(head_dim: int) -> int:
-    """Keys per turn of the loop: fewer where a block of keys and values would fill a Turing's shared memory."""
-    return 64 if head_dim <= 128 else 32
-
-
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -338,6 +331,9 @@ def _decode(
     scale: float,
     window: int,
     soft_cap: float,
+    key_block: int,
+    num_warps: int,
+    num_stages: int,
 ) -> None:
     heads, head_dim = q.shape[1:]
     _, kv_heads, block_size, _ = keys.shape
@@ -358,7 +354,7 @@ def _decode(
         "KV_HEADS": kv_heads,
         "D": head_dim,
         "BLOCK_D": triton.next_power_of_2(head_dim),
-        "KEYS": key_block(head_dim),
+        "KEYS": key_block,
         "SEGMENT": segment,
         "ROWS": rows,
         "WINDOW": window > 0,
@@ -367,20 +363,12 @@ def _decode(
         decode_kernel, (num_sequences, kv_heads, num_segments), q, keys, values, key_scales, value_scales, tables,
         seq_lens, query_starts, counts, acc, stats, scale, soft_cap, window, tables.stride(0), **constants,
         BLOCK_SIZE=block_size, SOFT_CAP=soft_cap > 0,
-        num_warps=8 if head_dim > 128 or (head_dim > 64 and key_scales is not None) else 4, num_stages=2,
+        num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     launch(
         merge_kernel, (num_sequences, kv_heads), acc, stats, seq_lens, query_starts, counts, out, window, num_segments,
         **constants, num_warps=4, num_stages=1,
     )  # fmt: skip
-
-
-def prefill_tile(head_dim: int, group: int, segmented: bool, int8: bool) -> tuple[int, int]:
-    """Rows of a tile and warps: as many rows as registers hold beside the second sum that segments need, or widened int8."""
-    rows, num_warps = (64, 4) if head_dim <= 64 else (64, 8)
-    if head_dim > 128 or (head_dim > 64 and (segmented or int8)):
-        rows = 32
-    return max(rows, triton.next_power_of_2(group)), num_warps
 
 
 def _prefill(
@@ -398,11 +386,14 @@ def _prefill(
     scale: float,
     window: int,
     soft_cap: float,
+    key_block: int,
+    rows: int,
+    num_warps: int,
+    num_stages: int,
 ) -> None:
     tokens, heads, head_dim = q.shape
     _, kv_heads, block_size, _ = keys.shape
     group = heads // kv_heads
-    rows, num_warps = prefill_tile(head_dim, group, segment > 0, key_scales is not None)
     max_sequences = seq_lens.shape[0]
     expect(
         segment % SEGMENT_MULTIPLE == 0,
@@ -414,20 +405,21 @@ def _prefill(
     launch(
         prefill_kernel, (max_tiles, kv_heads), q, keys, values, key_scales, value_scales, tables, seq_lens,
         query_starts, counts, out, scale, soft_cap, window, tables.stride(0), HEADS=heads, KV_HEADS=kv_heads,
-        D=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), BLOCK_SIZE=block_size, KEYS=key_block(head_dim), SEGMENT=segment,
+        D=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), BLOCK_SIZE=block_size, KEYS=key_block, SEGMENT=segment,
         ROWS=rows, MAX_SEQUENCES=triton.next_power_of_2(max_sequences), WINDOW=window > 0, SOFT_CAP=soft_cap > 0,
-        num_warps=num_warps, num_stages=2,
+        num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
 
 
 _CACHE = "Tensor keys, Tensor values, Tensor? key_scales, Tensor? value_scales, Tensor tables, Tensor seq_lens, "
 decode = define(
     f"attention_decode(Tensor q, {_CACHE}Tensor query_starts, Tensor counts, Tensor(a!) acc, Tensor(b!) stats, "
-    "Tensor(c!) out, int num_sequences, int num_segments, int segment, float scale, int window, float soft_cap) -> ()",
+    "Tensor(c!) out, int num_sequences, int num_segments, int segment, float scale, int window, float soft_cap, "
+    "int key_block, int num_warps, int num_stages) -> ()",
     _decode,
 )
 prefill = define(
     f"attention_prefill(Tensor q, {_CACHE}Tensor query_starts, Tensor counts, Tensor(a!) out, int segment, "
-    "float scale, int window, float soft_cap) -> ()",
+    "float scale, int window, float soft_cap, int key_block, int rows, int num_warps, int num_stages) -> ()",
     _prefill,
 )

@@ -37,7 +37,7 @@ from kernels.gpu.autotune import cache_path, choose, load
 from kernels.gpu.awq_gemm import PackedAwq
 from kernels.gpu.device import Device, Staging
 from kernels.gpu.program import GpuProgram
-from kernels.gpu.tuning import attention_segment, gemm_config
+from kernels.gpu.tuning import attention_config, attention_segment, gemm_config
 
 logger = logging.getLogger(__name__)
 
@@ -381,6 +381,8 @@ class GpuBackend:
         out = self._empty(q.shape[0], shape.q_size)
         max_keys = batch.block_tables.shape[1] * kv.keys.shape[2]
         segment = attention_segment(self.gpu.chip, extent.num_sequences, shape.num_kv_heads, max_keys, invariant)
+        group, int8 = shape.num_heads // shape.num_kv_heads, kv.key_scales is not None
+        tile = attention_config(self.gpu.chip, shape.head_dim, group, invariant, int8)
         cache = (kv.keys, kv.values, kv.key_scales, kv.value_scales)
         lists = (batch.block_tables, batch.seq_lens, batch.query_starts, batch.counts)
         if extent.decodes:
@@ -392,10 +394,13 @@ class GpuBackend:
             stats = self.workspace.take("attention_stats", sizes[1], torch.float32)
             attention.decode(
                 q, *cache, *lists, acc, stats, out, extent.num_sequences, num_segments, segment, scale, window or 0,
-                soft_cap or 0.0,
+                soft_cap or 0.0, tile.key_block, tile.decode_warps, tile.num_stages,
             )  # fmt: skip
         if extent.prefills:
-            attention.prefill(q, *cache, *lists, out, segment if invariant else 0, scale, window or 0, soft_cap or 0.0)
+            attention.prefill(
+                q, *cache, *lists, out, segment if invariant else 0, scale, window or 0, soft_cap or 0.0, tile.key_block,
+                tile.rows, tile.prefill_warps, tile.num_stages,
+            )  # fmt: skip
         return GpuInput(out)
 
     def act_and_mul(

@@ -13,7 +13,7 @@ from torch import Tensor
 from kernels.gpu import attention, awq_gemm, fused, sampling
 from kernels.gpu.awq_gemm import PackedAwq
 from kernels.gpu.launch import Launch, intercept
-from kernels.gpu.tuning import CHIPS, Chip, GemmConfig, expert_config, gemm_config
+from kernels.gpu.tuning import CHIPS, Chip, GemmConfig, attention_config, expert_config, gemm_config
 
 ARCHES = ("sm_75", "sm_80", "sm_89", "sm_90", "sm_120", "gfx942")
 GROUP_SIZES = (128, 64, 32, 0)
@@ -92,6 +92,8 @@ def gemm_cases(arch: str, short: bool = False) -> Iterator[Case]:
                 if short and not (rows == 16 and (dtype == torch.float16 or group_size == 128)):
                     continue
                 config = gemm_config(chip, rows, _N, _K, group_size)
+                if config.dequantize or config.block_m != rows:
+                    continue  # not a tile of this architecture
                 launch = gemm_launch(dtype, group_size, config, rows, use_ptx)
                 yield Case("awq_gemm", f"M<={rows}", launch, dtype, group_size, rows)
     if short:
@@ -129,14 +131,14 @@ def attention_cases(arch: str, short: bool = False) -> Iterator[Case]:
     for dtype in dtypes:
         for head_dim in (128,) if short else HEAD_DIMS if dtype == torch.float16 else (128,):
             for int8 in (False, True):
-                yield from _attention(dtype, head_dim, int8, 0, 0.0, 0)
+                yield from _attention(chip_of(arch), dtype, head_dim, int8, 0, 0.0, 0)
         if not short:
-            yield from _attention(dtype, 128, False, 1024, 30.0, 0)
-            yield from _attention(dtype, 128, False, 0, 0.0, 256)
+            yield from _attention(chip_of(arch), dtype, 128, False, 1024, 30.0, 0)
+            yield from _attention(chip_of(arch), dtype, 128, False, 0, 0.0, 256)
 
 
 def _attention(
-    dtype: torch.dtype, head_dim: int, int8: bool, window: int, soft_cap: float, prefill_segment: int
+    chip: Chip, dtype: torch.dtype, head_dim: int, int8: bool, window: int, soft_cap: float, prefill_segment: int
 ) -> Iterator[Case]:
     heads, kv_heads, blocks, sequences = 32, 8, 64, 64
     pool = [_meta(blocks, kv_heads, 16, head_dim, dtype=torch.int8 if int8 else dtype) for _ in range(2)]
@@ -145,17 +147,49 @@ def _attention(
     q, out = _meta(256, heads, head_dim, dtype=dtype), _meta(256, heads * head_dim, dtype=dtype)
     sizes = attention.workspace_sizes(sequences, heads, kv_heads, head_dim, 16)
     acc, stats = (_meta(size, dtype=torch.float32) for size in sizes)
+    tile = attention_config(chip, head_dim, heads // kv_heads, prefill_segment > 0, int8)
     label = f"D {head_dim}{', int8' if int8 else ''}{', window, soft cap' if window else ''}"
     if not prefill_segment:
         decode, merge = launches(
             lambda: attention.decode(
-                q, *pool, *scales, *lists, acc, stats, out, sequences, 16, 512, 0.1, window, soft_cap
+                q,
+                *pool,
+                *scales,
+                *lists,
+                acc,
+                stats,
+                out,
+                sequences,
+                16,
+                512,
+                0.1,
+                window,
+                soft_cap,
+                tile.key_block,
+                tile.decode_warps,
+                tile.num_stages,
             )
         )
         yield Case("attention_decode", label, decode, dtype)
         if not int8:
             yield Case("attention_merge", label, merge, dtype)
-    found = launches(lambda: attention.prefill(q, *pool, *scales, *lists, out, prefill_segment, 0.1, window, soft_cap))
+    found = launches(
+        lambda: attention.prefill(
+            q,
+            *pool,
+            *scales,
+            *lists,
+            out,
+            prefill_segment,
+            0.1,
+            window,
+            soft_cap,
+            tile.key_block,
+            tile.rows,
+            tile.prefill_warps,
+            tile.num_stages,
+        )
+    )
     yield Case("attention_prefill", label + (", batch invariant" if prefill_segment else ""), found[0], dtype)
 
 

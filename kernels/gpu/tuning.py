@@ -66,6 +66,17 @@ class GemmConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class AttentionConfig:
+    """Tiles of the two attention kernels."""
+
+    key_block: int  # keys per turn of the loop
+    rows: int  # query rows (tokens times heads of a group) of a prefill tile
+    prefill_warps: int
+    decode_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True, slots=True)
 class _Architecture:
     """One row of the shipped table."""
 
@@ -79,8 +90,9 @@ class _Architecture:
 
 _AMPERE = _Architecture({8: 4, 16: 4, 32: 4, 64: 3, 128: 3}, {32: 16, 64: 16, 128: 32}, 512, 3)
 _TABLE = {
-    # Turing has no asynchronous copies: stages only cost registers.
-    "sm_75": _Architecture({8: 2, 16: 2, 32: 2, 64: 2, 128: 2}, {32: 8, 64: 16, 128: 16}, 256, 2),
+    # Triton has no tensor core path for Turing: few rows run on the FP32 units, with 16 warps to hold the tile; more than that
+    # are the library's, which has one.
+    "sm_75": _Architecture({16: 1}, {32: 16, 64: 16, 128: 16}, 17, 2),
     "sm_80": _AMPERE,
     "sm_86": _AMPERE,
     "sm_89": _AMPERE,
@@ -115,8 +127,10 @@ def gemm_config(
         return _invariant_config(chip, entry, num_rows, out_features, in_features)
     if num_rows >= entry.dequantize_rows:
         return GemmConfig(128, dequantize=True)
-    block_m = next((rows for rows in DECODE_ROWS if num_rows <= rows), 128)
+    block_m = next((rows for rows in entry.stages if num_rows <= rows), 128)
     tiles = GemmConfig(block_m).tiles(num_rows, out_features)
+    if chip.arch == "sm_75":
+        return GemmConfig(block_m, _num_parts(chip, entry, tiles, in_features), num_warps=16, num_stages=1)
     return GemmConfig(
         block_m=block_m,
         num_parts=_num_parts(chip, entry, tiles, in_features),
@@ -130,6 +144,8 @@ def gemm_config(
 def expert_config(chip: Chip, num_rows: int, num_experts: int, group_size: int) -> GemmConfig:
     """For rows spread over experts: the tile that the mean expert fills, K never split (experts are many programs)."""
     entry = _TABLE.get(chip.arch, _DEFAULT)
+    if chip.arch == "sm_75":
+        return GemmConfig(16, num_warps=16, num_stages=1)
     mean = -(-num_rows // num_experts)
     block_m = next((rows for rows in DECODE_ROWS[1:] if mean <= rows), 64)
     return GemmConfig(
@@ -143,6 +159,10 @@ def expert_config(chip: Chip, num_rows: int, num_experts: int, group_size: int) 
 def _invariant_config(
     chip: Chip, entry: _Architecture, num_rows: int, out_features: int, in_features: int
 ) -> GemmConfig:
+    if chip.arch == "sm_75":
+        tiles = GemmConfig(16).tiles(1, out_features)
+        parts = _num_parts(chip, entry, tiles, in_features)
+        return GemmConfig(16, parts, num_rows <= 32, num_warps=16, num_stages=1)
     block_m = BATCH_INVARIANT_ROWS
     num_parts = _num_parts(chip, entry, GemmConfig(block_m).tiles(1, out_features), in_features)
     split = num_rows <= 2 * block_m
@@ -184,6 +204,18 @@ def attention_segment(
         programs_wanted = 4 * chip.num_sms
         least = max(128, min(1024, max_keys * num_sequences * num_kv_heads // programs_wanted))
     return -(-max(least, -(-max_keys // MAX_SEGMENTS)) // 64) * 64
+
+
+def attention_config(chip: Chip, head_dim: int, group: int, segmented: bool, int8: bool) -> AttentionConfig:
+    """As many rows and keys as registers hold, beside the second sum that segments need, or int8 being widened."""
+    wide = head_dim > 64
+    least_rows = 1 << (group - 1).bit_length()
+    if chip.arch == "sm_75":  # no tensor cores through Triton: small tiles
+        return AttentionConfig(16, max(16, least_rows), 16 if head_dim > 128 else 8, 8, 1)
+    rows = 32 if head_dim > 128 or (wide and (segmented or int8)) else 64
+    key_block = 64 if head_dim <= 128 else 32
+    decode_warps = 8 if head_dim > 128 or (wide and int8) else 4
+    return AttentionConfig(key_block, max(rows, least_rows), 8 if wide else 4, decode_warps, 2)
 
 
 def graph_buckets(max_sequences: int) -> list[int]:

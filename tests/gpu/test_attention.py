@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kernels.backend import AttentionShape, BackendOptions, ForwardBatch, KVCacheSpec
 from kernels.gpu import attention
+from kernels.gpu.tuning import CHIPS, attention_config
 from kernels.reference import DenseKVCache, ReferenceBackend
 from tests.kernels.batches import BLOCK_SIZE, make_batch, make_tables
 
@@ -71,6 +72,7 @@ class Case:
         soft_cap: float = 0.0,
         segment: int = 128,
         prefill_segment: int = 0,
+        chip: str = "A100-80GB",
     ) -> tuple[Tensor, Tensor]:
         batch, q = self.batch(query_lens)
         shape = self.shape
@@ -79,13 +81,19 @@ class Case:
         sizes = attention.workspace_sizes(
             len(query_lens), shape.num_heads, shape.num_kv_heads, shape.head_dim, num_segments
         )
+        int8 = self.scales[0] is not None
+        group = shape.num_heads // shape.num_kv_heads
+        tile = attention_config(CHIPS[chip], shape.head_dim, group, prefill_segment > 0, int8)
         acc, stats = (torch.full((size,), float("nan")) for size in sizes)
         lists = (batch.block_tables, batch.seq_lens, batch.query_starts, batch.counts)
         attention.decode(
             q, *self.cache, *self.scales, *lists, acc, stats, out, len(query_lens), num_segments, segment, SCALE,
-            window, soft_cap,
+            window, soft_cap, tile.key_block, tile.decode_warps, tile.num_stages,
         )  # fmt: skip
-        attention.prefill(q, *self.cache, *self.scales, *lists, out, prefill_segment, SCALE, window, soft_cap)
+        attention.prefill(
+            q, *self.cache, *self.scales, *lists, out, prefill_segment, SCALE, window, soft_cap, tile.key_block, tile.rows,
+            tile.prefill_warps, tile.num_stages,
+        )  # fmt: skip
         expected = REFERENCE.attention(
             q.float(), shape, self.reference, batch, SCALE, window or None, soft_cap or None
         ).dense()
@@ -115,6 +123,11 @@ def test_mixed_batches(shape: AttentionShape, dtype: torch.dtype, int8: bool) ->
 
 def test_large_heads() -> None:
     check(*Case([40, 90], AttentionShape(4, 1, 256), torch.float16).run([9, 1]))
+
+
+def test_small_tiles_of_chips_without_tensor_cores() -> None:
+    query_lens, seq_lens = MIXED
+    check(*Case(seq_lens, AttentionShape(7, 1, 64), torch.float16).run(query_lens, window=90, chip="T4"))
 
 
 @pytest.mark.parametrize(("window", "soft_cap"), [(40, 0.0), (1, 0.0), (0, 2.0), (130, 5.0)])
