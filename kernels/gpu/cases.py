@@ -134,7 +134,9 @@ def attention_cases(arch: str, short: bool = False) -> Iterator[Case]:
                 yield from _attention(chip_of(arch), dtype, head_dim, int8, 0, 0.0, 0)
         if not short:
             yield from _attention(chip_of(arch), dtype, 128, False, 1024, 30.0, 0)
-            yield from _attention(chip_of(arch), dtype, 128, False, 0, 0.0, 256)
+            for head_dim in (64, 128, 256):
+                for int8 in (False, True):
+                    yield from _attention(chip_of(arch), dtype, head_dim, int8, 0, 0.0, 256)
 
 
 def _attention(

@@ -212,10 +212,14 @@ def attention_config(chip: Chip, head_dim: int, group: int, segmented: bool, int
     least_rows = 1 << (group - 1).bit_length()
     if chip.arch == "sm_75":  # no tensor cores through Triton: small tiles
         return AttentionConfig(16, max(16, least_rows), 16 if head_dim > 128 else 8, 8, 1)
-    rows = 32 if head_dim > 128 or (wide and (segmented or int8)) else 64
+    rows = 64
+    if head_dim > 128 or (chip.arch != "sm_90" and wide and (segmented or int8)):
+        rows = 32
+    elif chip.arch != "sm_90" and segmented and int8:
+        rows = 16
     key_block = 64 if head_dim <= 128 else 32
     decode_warps = 8 if head_dim > 128 or (wide and int8) else 4
-    return AttentionConfig(key_block, max(rows, least_rows), 8 if wide else 4, decode_warps, 2)
+    return AttentionConfig(key_block, max(rows, least_rows), 8 if wide or int8 or segmented else 4, decode_warps, 2)
 
 
 def graph_buckets(max_sequences: int) -> list[int]:
