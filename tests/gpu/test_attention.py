@@ -109,8 +109,16 @@ def check(got: Tensor, expected: Tensor) -> None:
 MIXED = ([1, 1, 37, 1, 5], [1, 150, 70, 257, 5])
 
 
-@pytest.mark.parametrize("int8", [False, True], ids=["16bit", "int8"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "int8"),
+    [
+        (torch.float16, False),
+        pytest.param(torch.float16, True, marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, False, marks=pytest.mark.slow),
+        (torch.bfloat16, True),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize(
     "shape",
     [AttentionShape(4, 2, 64), AttentionShape(7, 1, 80), AttentionShape(3, 3, 96), AttentionShape(8, 2, 128)],

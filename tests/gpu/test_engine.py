@@ -89,7 +89,15 @@ def random_tokens(length: int, seed: int = 1) -> list[int]:
     return torch.randint(3, 320, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-@pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16"}, {"kv_cache_dtype": "int8"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        pytest.param({"dtype": "bfloat16"}, marks=pytest.mark.slow),
+        pytest.param({"kv_cache_dtype": "int8"}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_logits_equal_the_reference_teacher_forced(checkpoint: Path, options: dict[str, str]) -> None:
     tokens = random_tokens(40)
     expected = Served(checkpoint, ReferenceBackend(BackendOptions())).logits(tokens, [40])

@@ -73,7 +73,7 @@ ROPE_SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("shape", "rotary_dim", "norm"), ROPE_SHAPES)
 def test_rotation_and_kv_write(shape: AttentionShape, rotary_dim: int, norm: str | None, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -155,7 +155,7 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize("vocabulary", [50, 1000])
+@pytest.mark.parametrize("vocabulary", [50, pytest.param(1000, marks=pytest.mark.slow)])
 def test_sampled_tokens_equal_the_reference(vocabulary: int) -> None:
     rows = 3 * len(SETTINGS)
     generator = torch.Generator().manual_seed(vocabulary)
