@@ -34,6 +34,10 @@ test: $(STAMP) $(DEMO_MODEL)
 check: $(STAMP) $(DEMO_MODEL)
 	$(BIN)/python -m pytest -m slow
 
+bench: $(STAMP) $(DEMO_MODEL)
+	$(BIN)/python -m kernels.bench
+	$(BIN)/python -m server.engine_bench $(DEMO_MODEL) --profile
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
