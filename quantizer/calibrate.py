@@ -121,22 +121,13 @@ def pack_tokens(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], le
 
     Nothing is discarded but the last incomplete row.
     """
-    encoded = [_encode(tokenizer, document) for document in documents]
+    encoded = tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]
     separator = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     tokens = [token for ids in encoded for token in (*ids, *separator)]
     rows = len(tokens) // length
     if rows == 0:
         raise QuantizeError(f"sequence_length: {length} tokens asked for, but the text has only {len(tokens)}")
     return torch.tensor(tokens[: rows * length], dtype=torch.int64).reshape(rows, length)
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, document: str) -> list[int]:
-    # One at a time: the batched call hands the work to the tokenizers library's thread pool, which was seen to wait for
-    # minutes without using the CPU. Nothing here is worth a thread pool.
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return list(tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"])
-    return list(backend.encode(document, add_special_tokens=False).ids)
 
 
 def calibration_tokens(
