@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 # CPU torch where the index has one; `pip install torch` elsewhere. Override to choose a CUDA build.
 TORCH ?= torch>=2.11,<2.14
 
-.PHONY: serve test check lint bench clean
+.PHONY: serve test check sanitize lint bench clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV) || { echo "python3-venv is missing: apt-get install python3-venv"; exit 1; }
@@ -37,6 +37,10 @@ check: $(STAMP) $(DEMO_MODEL)
 bench: $(STAMP) $(DEMO_MODEL)
 	$(BIN)/python -m kernels.bench
 	$(BIN)/python -m server.engine_bench $(DEMO_MODEL) --profile
+
+# The native kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer: about 7 minutes.
+sanitize: $(STAMP)
+	tests/kernels/run_sanitized.sh $(CURDIR)/$(BIN)/python
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

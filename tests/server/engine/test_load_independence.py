@@ -116,7 +116,7 @@ def builder(demo_model: Path, backend: str, threads: int, longest: int, **option
         engine = build_engine(EngineConfig(str(demo_model), **{**config, **options, **overrides}))  # type: ignore[arg-type]
         if small_pool:
             manager = engine.scheduler.block_manager
-            for block in range(-(-(longest + 16) // 16) + 2, manager.num_blocks):
+            for block in range(-(-(longest + 16) // 16), manager.num_blocks):
                 del manager._free[block]
             manager.num_blocks = len(manager._free)
             manager._references = manager._references[: manager.num_blocks]
