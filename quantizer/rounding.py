@@ -12,11 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantizer.config import QuantizeError
+
 MAX_INTEGER = 15
 MIN_SCALE = 2.0**-24
 """The smallest positive fp16: a group whose scale would round to zero gets this one."""
 DAMPING = 0.01
 """Added to the second moment's diagonal, as a part of its mean, before it is inverted."""
+MAX_DAMPING = 1e6
+"""Past this only undefined values can keep the moment from being positive definite."""
 FEEDBACK_BLOCK = 64
 """Columns updated one by one before the rest of the row is updated by one matmul."""
 
@@ -113,7 +117,7 @@ def _inverse_factor(second_moment: Tensor) -> Tensor:
     """
     diagonal = second_moment.diagonal().mean().clamp(min=1e-12)
     damping = DAMPING
-    while True:
+    while damping < MAX_DAMPING:
         damped = second_moment.double()
         damped.diagonal().add_(damping * diagonal)
         lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
@@ -121,6 +125,7 @@ def _inverse_factor(second_moment: Tensor) -> Tensor:
             identity = torch.eye(len(lower), dtype=torch.float64)
             return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True).float()
         damping *= 10
+    raise QuantizeError("the second moment of a linear's inputs is not finite: activations overflow in fp32")
 
 
 def _rounded(integers: Tensor, scales: list[Tensor], zeros: list[Tensor]) -> Rounded:

@@ -53,10 +53,10 @@ def main() -> None:
     vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
     params = llama_cpp.llama_context_default_params()
     largest = max(options.batch_sizes)
-    params.n_ctx = max(options.prompt, largest * (options.context + 2 * options.steps)) + 256
+    params.n_ctx = largest * (max(options.prompt, options.context + 2 * options.steps) + 64)
     params.n_batch, params.n_ubatch, params.n_seq_max = 512, 512, largest
     params.n_threads = params.n_threads_batch = options.threads
-    params.kv_unified = True
+    params.kv_unified = False  # a stream per sequence: faster here than one cache that all attend over
     context = llama_cpp.llama_init_from_model(model, params)
     batch = llama_cpp.llama_batch_init(512, 0, 1)
     memory = llama_cpp.llama_get_memory(context)

@@ -77,6 +77,13 @@ def test_singular_moment_is_damped() -> None:
         assert torch.isfinite(result.dequantize()).all()
 
 
+def test_undefined_moment_is_refused_and_does_not_hang() -> None:
+    weight, moment = _problem()
+    moment[3, 3] = torch.nan
+    with pytest.raises(ValueError, match="not finite"):
+        round_feedback(weight, moment, 32, parameter_chooser(None))
+
+
 @pytest.mark.parametrize(
     "weight",
     [

@@ -49,7 +49,17 @@ def test_a_flag_goes_before_the_environment_before_the_file(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)
 def test_every_option_comes_from_every_source(option, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    samples = {"kernel-backend": "reference", "log-level": "debug", "memory-utilization": "0.5", "drain-timeout": "3"}
+    samples = {
+        "device": "cpu",
+        "dtype": "bfloat16",
+        "kernel-backend": "reference",
+        "log-level": "debug",
+        "memory-utilization": "0.5",
+        "drain-timeout": "3",
+        "cpu-activations": "int16",
+        "lm-head-dtype": "fp16",
+        "kv-cache-dtype": "int8",
+    }
     text = samples.get(option.name, "true" if option.is_flag else "16")
     if option.is_flag and option.default:
         text = "false"

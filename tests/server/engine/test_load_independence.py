@@ -105,11 +105,18 @@ def check_law(build: Callable[..., Engine], requests: list[GenerateRequest]) -> 
 
 def builder(demo_model: Path, backend: str, threads: int, longest: int, **options: str) -> Callable[..., Engine]:
     def build(small_pool: bool = False, **overrides: object) -> Engine:
-        config = {"max_model_len": longest + 16, "max_num_seqs": 16, "kernel_backend": backend, "threads": threads}
+        # The budget is set: its default follows from measured speed, and how often the small pool preempts from the budget.
+        config = {
+            "max_model_len": longest + 16,
+            "max_num_seqs": 16,
+            "max_num_batched_tokens": 512,
+            "kernel_backend": backend,
+            "threads": threads,
+        }
         engine = build_engine(EngineConfig(str(demo_model), **{**config, **options, **overrides}))  # type: ignore[arg-type]
         if small_pool:
             manager = engine.scheduler.block_manager
-            for block in range(-(-(longest + 16) // 16) + 2, manager.num_blocks):
+            for block in range(-(-(longest + 16) // 16), manager.num_blocks):
                 del manager._free[block]
             manager.num_blocks = len(manager._free)
             manager._references = manager._references[: manager.num_blocks]
