@@ -157,7 +157,8 @@ def _read_amd(assembly: str, arch: str, seconds: float, shared: int) -> Compiled
     def value(pattern: str) -> int:
         return max((int(number) for number in re.findall(pattern, assembly)), default=0)
 
-    spills = value(r"\.vgpr_spill_count:\s*(\d+)") + value(r"\.sgpr_spill_count:\s*(\d+)")
+    # Scalar registers spill to lanes of vector registers, not to memory.
+    spills = value(r"\.vgpr_spill_count:\s*(\d+)")
     opcodes = collections.Counter(re.findall(r"^\s+((?:v|s|ds|buffer|global)_\w+)", assembly, re.M))
     return Compiled(arch, seconds, value(r"\.vgpr_count:\s*(\d+)"), spills, shared, dict(opcodes))
 

@@ -302,6 +302,11 @@ def prefill_kernel(
     tl.store(out_ptr + offsets, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
 
 
+def _max_registers(num_warps: int) -> int | None:
+    """All that a thread may have, said aloud: left to itself the compiler spills a few for more programs."""
+    return 255 if num_warps <= 8 else None
+
+
 def decode_rows(heads: int, kv_heads: int) -> int:
     return max(16, triton.next_power_of_2(heads // kv_heads))
 
@@ -363,7 +368,7 @@ def _decode(
         decode_kernel, (num_sequences, kv_heads, num_segments), q, keys, values, key_scales, value_scales, tables,
         seq_lens, query_starts, counts, acc, stats, scale, soft_cap, window, tables.stride(0), **constants,
         BLOCK_SIZE=block_size, SOFT_CAP=soft_cap > 0,
-        num_warps=num_warps, num_stages=num_stages,
+        num_warps=num_warps, num_stages=num_stages, max_registers=_max_registers(num_warps),
     )  # fmt: skip
     launch(
         merge_kernel, (num_sequences, kv_heads), acc, stats, seq_lens, query_starts, counts, out, window, num_segments,
@@ -407,7 +412,7 @@ def _prefill(
         query_starts, counts, out, scale, soft_cap, window, tables.stride(0), HEADS=heads, KV_HEADS=kv_heads,
         D=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), BLOCK_SIZE=block_size, KEYS=key_block, SEGMENT=segment,
         ROWS=rows, MAX_SEQUENCES=triton.next_power_of_2(max_sequences), WINDOW=window > 0, SOFT_CAP=soft_cap > 0,
-        num_warps=num_warps, num_stages=num_stages,
+        num_warps=num_warps, num_stages=num_stages, max_registers=_max_registers(num_warps),
     )  # fmt: skip
 
 

@@ -37,7 +37,7 @@ from kernels.gpu.autotune import cache_path, choose, load
 from kernels.gpu.awq_gemm import PackedAwq
 from kernels.gpu.device import Device, Staging
 from kernels.gpu.program import GpuProgram
-from kernels.gpu.tuning import attention_config, attention_segment, gemm_config
+from kernels.gpu.tuning import attention_config, attention_segment, dense_tile, gemm_config
 
 logger = logging.getLogger(__name__)
 
@@ -314,7 +314,8 @@ class GpuBackend:
             if isinstance(part, PackedAwq):
                 self._quantized(x, part, bias, columns)
             else:
-                fused.dense(x, part, bias, columns, self.options.batch_invariant)
+                tile, num_warps = dense_tile(self.gpu.chip) if self.options.batch_invariant else (0, 4)
+                fused.dense(x, part, bias, columns, tile, num_warps)
             first = last
         return out
 
@@ -327,7 +328,7 @@ class GpuBackend:
         if config.dequantize:
             dense = self.workspace.take("dequantized", self._largest_quantized, self.dtype)[: n * k].view(n, k)
             awq_gemm.dequantize(part, dense, self.gpu.use_ptx)
-            fused.dense(x, dense, bias, out, False)
+            fused.dense(x, dense, bias, out, 0, 4)
             return
         partials = self.workspace.take("partials", config.partials(rows, n), torch.float32)
         arrivals = self.workspace.take("arrivals", config.tiles(rows, n), torch.int32)

@@ -121,7 +121,7 @@ class Ours:
             weight = self.copies[index % len(self.copies)]
             if config.dequantize:
                 awq_gemm.dequantize(weight, self.dense, self.device.use_ptx)
-                fused.dense(x, self.dense, None, out, False)
+                fused.dense(x, self.dense, None, out, 0, 4)
             else:
                 awq_gemm.gemm(x, weight, None, out, partials, arrivals, config, self.device.use_ptx)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from kernels.gpu import attention, awq_gemm, fused, sampling
 from kernels.gpu.awq_gemm import PackedAwq
 from kernels.gpu.launch import Launch, intercept
-from kernels.gpu.tuning import CHIPS, Chip, GemmConfig, attention_config, expert_config, gemm_config
+from kernels.gpu.tuning import CHIPS, Chip, GemmConfig, attention_config, dense_tile, expert_config, gemm_config
 
 ARCHES = ("sm_75", "sm_80", "sm_89", "sm_90", "sm_120", "gfx942")
 GROUP_SIZES = (128, 64, 32, 0)
@@ -92,10 +92,10 @@ def gemm_cases(arch: str, short: bool = False) -> Iterator[Case]:
                 if short and not (rows == 16 and (dtype == torch.float16 or group_size == 128)):
                     continue
                 config = gemm_config(chip, rows, _N, _K, group_size)
-                if config.dequantize or config.block_m != rows:
+                if config.dequantize or (config.block_m != rows and rows < 128):
                     continue  # not a tile of this architecture
                 launch = gemm_launch(dtype, group_size, config, rows, use_ptx)
-                yield Case("awq_gemm", f"M<={rows}", launch, dtype, group_size, rows)
+                yield Case("awq_gemm", f"M<={rows}", launch, dtype, group_size, config.block_m)
     if short:
         return
     for dtype in dtypes:
@@ -198,12 +198,12 @@ def _attention(
 def other_cases(arch: str, short: bool = False) -> Iterator[Case]:
     """The elementwise kernels, sampling, and the dense product of the batch invariant mode."""
     for dtype in (torch.float16,) if arch == "sm_75" or short else (torch.float16, torch.bfloat16):
-        for name, run in _elementwise(dtype).items():
+        for name, run in _elementwise(chip_of(arch), dtype).items():
             for launch in launches(run):
                 yield Case(name, "", launch, dtype)
 
 
-def _elementwise(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
+def _elementwise(chip: Chip, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
     def half(*shape: int) -> Tensor:
         return _meta(*shape, dtype=dtype)
 
@@ -237,7 +237,9 @@ def _elementwise(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
         "act_and_mul, silu": lambda: fused.act_and_mul(half(16, 28672), half(16, 14336), False),
         "act_and_mul, gelu": lambda: fused.act_and_mul(half(16, 28672), half(16, 14336), True),
         "soft_cap": lambda: fused.soft_cap(single(16, 128256), 30.0),
-        "dense, batch invariant": lambda: fused.dense(half(64, 4096), half(1024, 4096), None, half(64, 1024), True),
+        "dense, batch invariant": lambda: fused.dense(
+            half(64, 4096), half(1024, 4096), None, half(64, 1024), *dense_tile(chip)
+        ),
         "sample": lambda: sampling.sample(
             single(64, 128256), single(64), whole(64), single(64), single(64), long, long, whole(2, 64)
         ),

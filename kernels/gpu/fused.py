@@ -315,7 +315,7 @@ def dense_kernel(
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=row_mask[None, :] & column_mask[:, None])
 
 
-def _start_dense(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, invariant: bool) -> None:
+def _start_dense(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, tile: int, num_warps: int) -> None:
     expect(
         x.shape[1] == weight.shape[1] and out.shape == (x.shape[0], weight.shape[0]),
         "dense",
@@ -323,17 +323,18 @@ def _start_dense(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, in
     )
     expect(x.dtype == weight.dtype, "dense", f"x is {x.dtype}, the weight {weight.dtype}")
     rows, n = out.shape
-    if invariant:
+    if tile:
         launch(
-            dense_kernel, (-(-n // 64), -(-rows // 64)), x, weight, bias, out, rows, n, x.shape[1], x.stride(0),
-            out.stride(0), BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=3,
+            dense_kernel, (-(-n // 64), -(-rows // tile)), x, weight, bias, out, rows, n, x.shape[1], x.stride(0),
+            out.stride(0), BLOCK_M=tile, BLOCK_N=64, BLOCK_K=tile, num_warps=num_warps, num_stages=3,
         )  # fmt: skip
 
 
-def _dense(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, invariant: bool) -> None:
-    """The library's product, fp32 accumulated; off the GPU (checks) the operands are widened first. `invariant`: our kernel."""
-    _start_dense(x, weight, bias, out, invariant)
-    if invariant:
+def _dense(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, tile: int, num_warps: int) -> None:
+    """The library's product, fp32 accumulated; off the GPU (checks) the operands are widened first. `tile` rows at a time by our
+    kernel, unless it is 0."""
+    _start_dense(x, weight, bias, out, tile, num_warps)
+    if tile:
         return
     if x.is_cuda and out.dtype == x.dtype:
         out.copy_(torch.nn.functional.linear(x, weight, bias.to(x.dtype) if bias is not None else None))
@@ -346,5 +347,5 @@ def _dense(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, invarian
 
 
 dense = define(
-    "dense(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out, bool invariant) -> ()", _dense, _start_dense
+    "dense(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out, int tile, int num_warps) -> ()", _dense, _start_dense
 )

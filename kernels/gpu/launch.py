@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 
 @dataclass(frozen=True, slots=True)
 class Launch:
@@ -22,7 +24,9 @@ class Launch:
 
 
 def _start(launch: Launch) -> None:
-    options: dict[str, Any] = {} if launch.max_registers is None else {"maxnreg": launch.max_registers}
+    options: dict[str, Any] = {}
+    if launch.max_registers is not None and torch.version.hip is None:
+        options["maxnreg"] = launch.max_registers
     launch.kernel[launch.grid](
         *launch.args,
         **launch.constants,

@@ -98,7 +98,7 @@ _TABLE = {
     "sm_89": _AMPERE,
     "sm_90": _Architecture({8: 4, 16: 4, 32: 4, 64: 4, 128: 3}, {32: 16, 64: 16, 128: 32}, 1024, 3),
     "sm_120": _AMPERE,
-    "gfx942": _Architecture({8: 2, 16: 2, 32: 2, 64: 2, 128: 2}, {32: 16, 64: 16, 128: 32}, 512, 2),
+    "gfx942": _Architecture({8: 2, 16: 2, 32: 2, 64: 2}, {32: 16, 64: 16, 128: 32}, 512, 2),
 }
 _DEFAULT = _AMPERE
 
@@ -127,7 +127,7 @@ def gemm_config(
         return _invariant_config(chip, entry, num_rows, out_features, in_features)
     if num_rows >= entry.dequantize_rows:
         return GemmConfig(128, dequantize=True)
-    block_m = next((rows for rows in entry.stages if num_rows <= rows), 128)
+    block_m = next((rows for rows in entry.stages if num_rows <= rows), max(entry.stages))
     tiles = GemmConfig(block_m).tiles(num_rows, out_features)
     if chip.arch == "sm_75":
         return GemmConfig(block_m, _num_parts(chip, entry, tiles, in_features), num_warps=16, num_stages=1)
@@ -135,7 +135,7 @@ def gemm_config(
         block_m=block_m,
         num_parts=_num_parts(chip, entry, tiles, in_features),
         scale_after=block_m <= entry.scale_after_rows[_group_class(group_size)],
-        num_warps=8 if block_m == 128 else 4,
+        num_warps=_num_warps(chip, block_m),
         num_stages=entry.stages[block_m],
         max_registers=_max_registers(block_m, group_size),
     )
@@ -150,6 +150,7 @@ def expert_config(chip: Chip, num_rows: int, num_experts: int, group_size: int) 
     block_m = next((rows for rows in DECODE_ROWS[1:] if mean <= rows), 64)
     return GemmConfig(
         block_m,
+        num_warps=_num_warps(chip, block_m),
         scale_after=block_m <= entry.scale_after_rows[_group_class(group_size)],
         num_stages=entry.stages[block_m],
         max_registers=_max_registers(block_m, group_size),
@@ -166,8 +167,16 @@ def _invariant_config(
     block_m = BATCH_INVARIANT_ROWS
     num_parts = _num_parts(chip, entry, GemmConfig(block_m).tiles(1, out_features), in_features)
     split = num_rows <= 2 * block_m
-    config = GemmConfig(block_m, num_parts, split, scale_after=False, num_stages=entry.stages[block_m])
-    return config if split else replace(config, num_warps=8)
+    config = GemmConfig(
+        block_m, num_parts, split, False, num_warps=_num_warps(chip, block_m), num_stages=entry.stages[block_m]
+    )
+    # 255 says to the compiler that registers are there: left to itself it spills a few for more programs.
+    return config if split else replace(config, num_warps=8, max_registers=255)
+
+
+def _num_warps(chip: Chip, block_m: int) -> int:
+    """More where four warps could not hold the tile: on AMD, whose vector registers are fewer for their width, from 64 rows."""
+    return 8 if block_m == 128 or (chip.arch.startswith("gfx") and block_m == 64) else 4
 
 
 def _group_class(group_size: int) -> int:
@@ -211,7 +220,9 @@ def attention_config(chip: Chip, head_dim: int, group: int, segmented: bool, int
     wide = head_dim > 64
     least_rows = 1 << (group - 1).bit_length()
     if chip.arch == "sm_75":  # no tensor cores through Triton: small tiles
-        return AttentionConfig(16, max(16, least_rows), 16 if head_dim > 128 else 8, 8, 1)
+        return AttentionConfig(16, max(16, least_rows), 16 if wide else 8, 8, 1)
+    if chip.arch.startswith("gfx"):
+        return AttentionConfig(32, max(32, least_rows), 4 if wide and int8 else 8, 4, 1)
     rows = 64
     if head_dim > 128 or (chip.arch != "sm_90" and wide and (segmented or int8)):
         rows = 32
@@ -226,3 +237,8 @@ def graph_buckets(max_sequences: int) -> list[int]:
     """Batch sizes that a captured graph exists for, ascending: powers of two, then eights, then sixteens."""
     sizes = [1, 2, 4, *range(8, 65, 8), *range(80, 257, 16), *range(288, max_sequences + 32, 32)]
     return sorted({min(size, max_sequences) for size in sizes if size < max_sequences} | {max_sequences})
+
+
+def dense_tile(chip: Chip) -> tuple[int, int]:
+    """Rows (and depth) of a tile and warps of the batch invariant dense product."""
+    return (16, 8) if chip.arch == "sm_75" else (64, 4)
