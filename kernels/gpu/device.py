@@ -36,8 +36,11 @@ class Device(Protocol):
     def host_buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Zeros in host memory that the device can copy from and to without waiting."""
 
-    def upload(self, target: Tensor, source: Tensor) -> None:
-        """Copies a host buffer to the device in stream order; does not wait."""
+    def upload(self, target: Tensor, source: Tensor) -> Any:
+        """Copies a host buffer to the device in stream order; does not wait. Returns what `reclaim` takes."""
+
+    def reclaim(self, ticket: Any) -> None:
+        """Returns once an upload has read its host buffer: at once, unless steps came without a download between them."""
 
     def download(self, target: Tensor, source: Tensor) -> Any:
         """Copies to a host buffer in stream order; does not wait. Returns what `wait` takes."""
@@ -89,8 +92,11 @@ class CudaDevice:
     def host_buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype, pin_memory=True)
 
-    def upload(self, target: Tensor, source: Tensor) -> None:
-        target.copy_(source, non_blocking=True)
+    def upload(self, target: Tensor, source: Tensor) -> Any:
+        return self.download(target, source)
+
+    def reclaim(self, ticket: Any) -> None:
+        ticket.synchronize()
 
     def download(self, target: Tensor, source: Tensor) -> Any:
         target.copy_(source, non_blocking=True)
@@ -110,6 +116,7 @@ class CudaDevice:
         return graph
 
     def memory(self) -> tuple[int, int]:
+        torch.cuda.empty_cache()  # what the allocator keeps from loading is free too
         free, total = torch.cuda.mem_get_info(self.torch_device)
         return total, free
 
@@ -120,7 +127,10 @@ def open_device() -> Device:
 
 
 class Staging:
-    """Tensors with a place in host memory and the same place on the device, brought over by one copy."""
+    """Tensors with a place in host memory and the same place on the device, brought over by one copy.
+
+    The host side is ordinary memory, free to be written at any time; a copy leaves from one of two pinned buffers in turn.
+    """
 
     def __init__(self, device: Device, sizes: list[tuple[tuple[int, ...], torch.dtype]]) -> None:
         self.device = device
@@ -129,8 +139,11 @@ class Staging:
             offsets.append(total)
             nbytes = torch.Size(shape).numel() * dtype.itemsize
             total += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
-        self._host = device.host_buffer((total,), torch.uint8)
+        self._host = torch.zeros(total, dtype=torch.uint8)
         self._device = torch.zeros(total, dtype=torch.uint8, device=device.torch_device)
+        self._pinned = [device.host_buffer((total,), torch.uint8) for _ in range(2)]
+        self._tickets: list[Any] = [None, None]
+        self._turn = 0
         self.pairs: list[tuple[Tensor, Tensor]] = []
         for offset, (shape, dtype) in zip(offsets, sizes, strict=True):
             end = offset + torch.Size(shape).numel() * dtype.itemsize
@@ -138,4 +151,8 @@ class Staging:
             self.pairs.append((host, placed))
 
     def upload(self) -> None:
-        self.device.upload(self._device, self._host)
+        turn, self._turn = self._turn, 1 - self._turn
+        if self._tickets[turn] is not None:
+            self.device.reclaim(self._tickets[turn])
+        self._pinned[turn].copy_(self._host)
+        self._tickets[turn] = self.device.upload(self._device, self._pinned[turn])

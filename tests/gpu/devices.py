@@ -36,9 +36,13 @@ class HostDevice:
     def host_buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype)
 
-    def upload(self, target: Tensor, source: Tensor) -> None:
+    def upload(self, target: Tensor, source: Tensor) -> Any:
         self.uploads += 1
         target.copy_(source)
+        return source
+
+    def reclaim(self, ticket: Any) -> None:
+        assert ticket is not None
 
     def download(self, target: Tensor, source: Tensor) -> Any:
         target.copy_(source)
@@ -121,9 +125,10 @@ class FakeCudaDevice(HostDevice):
         assert tensor.device.type == "cpu", "placed twice"
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self.torch_device)
 
-    def upload(self, target: Tensor, source: Tensor) -> None:
+    def upload(self, target: Tensor, source: Tensor) -> Any:
         self._check(target, source)
         self.uploads += 1
+        return source
 
     def download(self, target: Tensor, source: Tensor) -> Any:
         self._check(source, target)

@@ -8,6 +8,7 @@ import torch
 from kernels import bench
 from kernels.backend import BackendOptions, create_backend
 from kernels.gpu.backend import GpuBackend
+from kernels.gpu.device import Staging
 from kernels.gpu.tuning import CHIPS, attention_segment, graph_buckets
 from server.options import parse_options
 from tests.gpu.devices import HostDevice
@@ -64,3 +65,33 @@ def test_buckets_and_segments() -> None:
             segment = attention_segment(chip, sequences, 8, max_keys)
             assert segment % 64 == 0 and max_keys / segment <= 128
     assert len({attention_segment(chip, n, 8, 4096, batch_invariant=True) for n in (1, 16, 256)}) == 1
+
+
+def test_a_buffer_in_flight_is_not_written() -> None:
+    """Steps that sample nothing wait for nothing: the next one's buffers must not overtake the copy of the last."""
+
+    class Slow(HostDevice):
+        """Copies only when asked to."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.pending: list[tuple[torch.Tensor, torch.Tensor]] = []
+            self.arrived: list[int] = []
+
+        def upload(self, target: torch.Tensor, source: torch.Tensor) -> object:
+            self.pending.append((target, source))
+            return len(self.pending) - 1
+
+        def reclaim(self, ticket: object) -> None:
+            assert isinstance(ticket, int)
+            for target, source in self.pending[len(self.arrived) : ticket + 1]:
+                target.copy_(source)
+                self.arrived.append(int(target.view(torch.int32)[0]))
+
+    device = Slow()
+    staging = Staging(device, [((4,), torch.int32)])
+    for step in range(6):
+        staging.pairs[0][0].fill_(step)
+        staging.upload()
+    device.reclaim(5)
+    assert device.arrived == [0, 1, 2, 3, 4, 5]

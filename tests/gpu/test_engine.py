@@ -111,6 +111,7 @@ def test_logits_equal_the_reference_teacher_forced(checkpoint: Path, options: di
     assert clear.any() and torch.equal(got.argmax(-1)[clear], expected.argmax(-1)[clear])
 
 
+@pytest.mark.slow
 def test_batch_invariant_logits_do_not_depend_on_chunks(checkpoint: Path) -> None:
     tokens = random_tokens(40)
     served = Served(checkpoint, gpu_backend(batch_invariant=True))
