@@ -236,9 +236,12 @@ class ReferenceBackend:
             self._work = key, plan_attention(batch, shape, block_size, window)
         return self._work[1]
 
-    def act_and_mul(
-        self, gate_up: Tensor, activation: Activation, for_linear: PreparedLinear | None = None
+    def gated_linear(
+        self, x: LinearInput, gate_up: PreparedLinear, activation: Activation, for_linear: PreparedLinear | None = None
     ) -> DenseInput:
+        return self.act_and_mul(self.linear(x, gate_up), activation)
+
+    def act_and_mul(self, gate_up: Tensor, activation: Activation) -> DenseInput:
         gate, up = gate_up.chunk(2, dim=-1)
         if activation == "silu":
             return DenseInput(torch.nn.functional.silu(gate) * up)

@@ -70,6 +70,10 @@ struct ActivationLayout {
 void quantize_rows(const ActivationLayout& layout, const float* x, int64_t ldx, int64_t row_begin, int64_t row_end,
                    void* packed);
 
+// The same for groups [group_begin, group_end) alone; x is at the first channel of group_begin. Not for kFloat32, which has none.
+void quantize_groups(const ActivationLayout& layout, const float* x, int64_t ldx, int64_t row_begin, int64_t row_end,
+                     int64_t group_begin, int64_t group_end, void* packed);
+
 // The values back as fp32 [row_end - row_begin, k] (adapters, tests).
 void dequantize_rows(const ActivationLayout& layout, const void* packed, int64_t row_begin, int64_t row_end, float* out,
                      int64_t ldo);
