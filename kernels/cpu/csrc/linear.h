@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "common.h"
+#include "huge_pages.h"
 
 namespace awq_cpu {
 
@@ -98,7 +99,7 @@ struct PackedLinear {
   int64_t panel_stride = 0;                    // bytes
   int64_t weights_offset = 0;                  // bytes from a panel's start to its weights
   ActivationLayout activations;                // what `linear_run` wants its input in
-  AlignedBuffer panels;
+  HugePiece panels;
   AlignedBuffer bias;                          // fp32 [num_panels * 16], or empty
 
   int64_t nbytes() const { return static_cast<int64_t>(panels.nbytes() + bias.nbytes()); }
