@@ -110,7 +110,18 @@ LARGEST_KL = {
 
 def english_tokens(demo_model: Path, count: int) -> list[int]:
     """READMEs of installed packages, end to end: text that no calibration takes."""
-    names = ("torch", "numpy", "transformers", "tokenizers", "safetensors", "fastapi", "pydantic", "tqdm", "uvicorn", "httpx")
+    names = (
+        "torch",
+        "numpy",
+        "transformers",
+        "tokenizers",
+        "safetensors",
+        "fastapi",
+        "pydantic",
+        "tqdm",
+        "uvicorn",
+        "httpx",
+    )
     texts = [str(metadata.metadata(name).get_payload()) for name in names]
     tokens = Tokenizer.from_file(str(demo_model / "tokenizer.json")).encode("\n\n".join(texts)).ids
     assert len(tokens) >= count
