@@ -378,10 +378,11 @@ class Backend(Protocol):
         """Causal attention of every query token over its sequence's stored keys. With `window` w, a query at position p sees
         keys p - w + 1 to p. `soft_cap` c makes scores c * tanh(score / c)."""
 
-    def act_and_mul(
-        self, gate_up: Tensor, activation: Activation, for_linear: PreparedLinear | None = None
+    def gated_linear(
+        self, x: LinearInput, gate_up: PreparedLinear, activation: Activation, for_linear: PreparedLinear | None = None
     ) -> LinearInput:
-        """activation(gate) * up from the fused [num_tokens, 2 I]."""
+        """activation(gate) * up, [num_tokens, I], of a linear with the gates' I outputs first and then the ups'. One op, so that a
+        back end need not write out what is between."""
 
     def logits(
         self, hidden: LinearInput, batch: ForwardBatch, head: PreparedLinear, soft_cap: float | None = None

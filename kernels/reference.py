@@ -1,8 +1,8 @@
 """Every op in plain PyTorch: the oracle of the tests and the back end of last resort.
 
-Weights, activations and the KV cache are fp32. A row's result does not depend on the batch around it: matmuls are padded to a
-multiple of ROW_MULTIPLE rows, for which the BLAS under torch treats every row alike, and attention sums in an order fixed by
-position.
+Weights, activations and the KV cache are fp32. A row's result does not depend on the batch around it: oneDNN's packed products
+treat every row alike, other matmuls are padded to a multiple of ROW_MULTIPLE rows, for which the BLAS under torch does, and
+attention sums in an order fixed by position.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from kernels.backend import (
 from kernels.format import AwqWeight, DenseWeight
 
 ROW_MULTIPLE = 8
-"""Rows that every matmul is padded to: the least for which the BLAS gives each row the same bits in any batch."""
+"""Rows that a plain matmul is padded to: the least for which the BLAS gives each row the same bits in any batch."""
 KEY_BLOCK = 64
 """Keys per step of the online softmax, aligned to position 0."""
 KEY_SEGMENT = 256
@@ -67,17 +67,14 @@ class DenseLinear:
         self._plain = weight if self._packed is None else None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x [M, K] to fp32 [M, N]. M is padded to a multiple of ROW_MULTIPLE, so that a row's bits don't depend on it."""
-        rows = x.shape[0]
-        padded = -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE
-        if padded != rows:
-            x = torch.nn.functional.pad(x, (0, 0, 0, padded - rows))
+        """x [M, K] to fp32 [M, N]. A row's bits do not depend on M."""
         if self._packed is not None:
             product = torch.ops.mkldnn._linear_pointwise(x.contiguous(), self._packed, None, "none", [], "")
         else:
             assert self._plain is not None
-            product = x @ self._plain.t()
-        return product[:rows] if self.bias is None else product[:rows] + self.bias
+            padded = torch.nn.functional.pad(x, (0, 0, 0, -x.shape[0] % ROW_MULTIPLE))
+            product = (padded @ self._plain.t())[: x.shape[0]]
+        return product if self.bias is None else product + self.bias
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,9 +246,12 @@ class ReferenceBackend:
             self._work = key, plan_attention(batch, shape, block_size, window)
         return self._work[1]
 
-    def act_and_mul(
-        self, gate_up: Tensor, activation: Activation, for_linear: PreparedLinear | None = None
+    def gated_linear(
+        self, x: LinearInput, gate_up: PreparedLinear, activation: Activation, for_linear: PreparedLinear | None = None
     ) -> DenseInput:
+        return self.act_and_mul(self.linear(x, gate_up), activation)
+
+    def act_and_mul(self, gate_up: Tensor, activation: Activation) -> DenseInput:
         gate, up = gate_up.chunk(2, dim=-1)
         if activation == "silu":
             return DenseInput(torch.nn.functional.silu(gate) * up)

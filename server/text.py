@@ -66,6 +66,12 @@ class Tokenizer:
             return frozenset()
         return frozenset(token_id for token_id in ids.values() if token_id is not None)
 
+    @cached_property
+    def special_token_ids(self) -> frozenset[int]:
+        """Tokens that a decoding with skip_special_tokens passes over."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return frozenset(token_id for token_id, token in added.items() if token.special)
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
@@ -96,6 +102,8 @@ class Detokenizer:
     def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
+        # For the decoder these are not there: bytes before and after one are neighbours.
+        self._skipped = tokenizer.special_token_ids if skip_special_tokens else frozenset()
         self._context = self._clean_context(prompt_token_ids)
         self._context_length = len(self._decode(self._context))
         self._stream: DecodeStream | None = tokenizer.new_stream(self._context, skip_special_tokens)
@@ -110,6 +118,8 @@ class Detokenizer:
         text = ""
         for token_id in token_ids:
             self._token_ids.append(token_id)
+            if token_id in self._skipped:
+                continue
             if token_id in byte_token_ids:
                 self._byte_run.append(token_id)
                 self._is_behind = True
@@ -149,7 +159,8 @@ class Detokenizer:
 
     def _clean_context(self, prompt_token_ids: Sequence[int]) -> list[int]:
         """The prompt's shortest tail of some tokens that ends in whole characters; empty when there is none."""
-        if prompt_token_ids and prompt_token_ids[-1] in self._tokenizer.byte_token_ids:
+        last = next((token_id for token_id in reversed(prompt_token_ids) if token_id not in self._skipped), None)
+        if last in self._tokenizer.byte_token_ids:
             return []
         longest = min(_MAX_CONTEXT, len(prompt_token_ids))
         for length in range(min(_MIN_CONTEXT, longest), longest + 1):

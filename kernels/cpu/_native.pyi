@@ -80,6 +80,15 @@ class Program:
     def act_and_mul(self, gate_up: Tensor, activation: str, packed: _Packed, dense: Tensor | None) -> None: ...
     def quantize(self, x: Tensor, packed: _Packed) -> None: ...
     def linear(self, weights: Sequence[PackedLinear], inputs: Sequence[Tensor], y: Tensor) -> None: ...
+    def gated_linear(
+        self,
+        weights: Sequence[PackedLinear],
+        inputs: Sequence[Tensor],
+        gate_up: Tensor,
+        activation: str,
+        packed: _Packed,
+        dense: Tensor | None,
+    ) -> None: ...
     def rope_and_store(
         self,
         qkv: Tensor,

@@ -339,6 +339,19 @@ class CpuBackend:
         self._finish(program, batch.num_tokens, batch)
         return out
 
+    def gated_linear(
+        self, x: LinearInput, gate_up: PreparedLinear, activation: Activation, for_linear: PreparedLinear | None = None
+    ) -> CpuLinearInput:
+        assert isinstance(x, CpuLinearInput)
+        linear = expect_cpu_linear(gate_up)
+        program = self._program(None, linear)
+        inputs = self._inputs(program, x, linear)
+        between = self._empty(x.num_rows, linear.out_features)
+        out = self._linear_input(x.num_rows, linear.out_features // 2, for_linear)
+        program.gated_linear(linear.parts, inputs, between, activation, out.packed, out.tensor)
+        self._finish(program, x.num_rows)
+        return out
+
     def act_and_mul(
         self, gate_up: Tensor, activation: Activation, for_linear: PreparedLinear | None = None
     ) -> CpuLinearInput:

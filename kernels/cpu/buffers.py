@@ -33,7 +33,7 @@ class BufferPool:
         fitting = [i for i, buffer in enumerate(self._free) if buffer.nbytes >= nbytes]
         if fitting:
             return self._free.pop(min(fitting, key=lambda i: self._free[i].nbytes))
-        buffer = torch.empty(-(-nbytes // 64) * 64, dtype=torch.uint8)
+        buffer = map_zeros((-(-nbytes // 64) * 64,), torch.uint8)
         self.buffers.append(buffer)
         return buffer
 
@@ -44,6 +44,6 @@ def map_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     if nbytes == 0:
         return torch.zeros(shape, dtype=dtype)
     region = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE") and nbytes >= 1 << 24:
+    if hasattr(mmap, "MADV_HUGEPAGE") and nbytes >= 1 << 22:
         region.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(region, dtype=dtype).view(shape)

@@ -95,6 +95,6 @@ class Decoder:
         return backend.linear(attended, layer.o)
 
     def _mlp(self, layer: DecoderLayer, hidden: LinearInput) -> Tensor:
-        gate_up = self.backend.linear(hidden, layer.gate_up)
         activation = cast(Activation, self.config.activation)
-        return self.backend.linear(self.backend.act_and_mul(gate_up, activation, for_linear=layer.down), layer.down)
+        gated = self.backend.gated_linear(hidden, layer.gate_up, activation, for_linear=layer.down)
+        return self.backend.linear(gated, layer.down)

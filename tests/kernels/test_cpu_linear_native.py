@@ -40,7 +40,7 @@ def has_simde(cxx: str, folder: Path) -> bool:
 
 def build(cxx: str, folder: Path, emulate: bool, sanitize: bool) -> Path:
     """The harness with the linears in all instruction sets; AVX-512 on SIMDe if `emulate`."""
-    units = {"linear_pack": [], "linear_dispatch": [], "linear_generic": []}  # type: dict[str, list[str]]
+    units = {"huge_pages": [], "linear_pack": [], "linear_dispatch": [], "linear_generic": []}  # type: dict[str, list[str]]
     if IS_X86:
         units |= {"linear_avx2": AVX2, "quantize_avx2": AVX2, "linear_avx512": AVX2 if emulate else AVX512}
     common = [cxx, *FLAGS, *(SANITIZE if sanitize else []), *(["-DAWQ_CPU_EMULATE_AVX512"] if emulate else [])]

@@ -85,7 +85,7 @@ class Model:
             hidden, residual = backend.add_rms_norm(
                 backend.linear(attended, o), residual, self.norms[1], 1e-5, True, for_linear=gate_up
             )
-            activated = backend.act_and_mul(backend.linear(hidden, gate_up), "silu", for_linear=down)
+            activated = backend.gated_linear(hidden, gate_up, "silu", for_linear=down)
             following = self.layers[1][0] if i == 0 else None
             hidden, residual = backend.add_rms_norm(
                 backend.linear(activated, down), residual, self.norms[2], 1e-5, for_linear=following
@@ -306,7 +306,7 @@ def test_an_empty_batch_is_no_work(recorded: Recorded) -> None:
 def test_profile_names_the_ops(recorded: Recorded) -> None:
     copy_batch(make_batch([5], [5], [[0]]), recorded.batch)
     seconds = recorded.program.profile(recorded.program.run)
-    assert {"embed", "norm", "linear", "rope", "attention", "activation", "logits"} <= seconds.keys()
+    assert {"embed", "norm", "linear", "rope", "attention", "logits"} <= seconds.keys()
     assert all(value > 0 for value in seconds.values())
 
 

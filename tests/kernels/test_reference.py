@@ -31,13 +31,26 @@ def test_random_numbers_are_philox() -> None:
     assert torch.isfinite(negative).all() and negative[0] != negative[1]
 
 
-@pytest.mark.parametrize("in_features", [64, 72, 576])
-def test_matmul_rows_do_not_depend_on_the_batch(in_features: int) -> None:
-    x, weight = torch.randn(130, in_features), torch.randn(96, in_features)
+@pytest.mark.parametrize("out_features", [96, 333, 3072])
+@pytest.mark.parametrize("in_features", [64, 72, 576, 1536])
+def test_matmul_rows_do_not_depend_on_the_batch(in_features: int, out_features: int) -> None:
+    x, weight = torch.randn(130, in_features), torch.randn(out_features, in_features)
     linear = DenseLinear(weight, None)
     whole = linear(x)
     torch.testing.assert_close(whole, x @ weight.t(), rtol=1e-4, atol=1e-4)
-    for start, rows in ((0, 1), (3, 1), (7, 15), (10, 16), (20, 17), (64, 66)):
+    for start, rows in (
+        (0, 1),
+        (3, 1),
+        (5, 2),
+        (1, 3),
+        (2, 4),
+        (9, 6),
+        (7, 15),
+        (10, 16),
+        (20, 17),
+        (64, 66),
+        (30, 100),
+    ):
         assert torch.equal(linear(x[start : start + rows].clone()), whole[start : start + rows])
 
 

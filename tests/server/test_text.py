@@ -70,6 +70,16 @@ def test_any_tokens_stream_to_what_they_decode_to(name: str, data: st.DataObject
     assert "".join(pieces) == tokenizer.decode(output, skip)
 
 
+def test_bytes_on_both_sides_of_a_skipped_token_are_one_run() -> None:
+    null, broken = (BYTE_FALLBACK._tokenizer.token_to_id(f"<0x{value:02X}>") for value in (0x00, 0x80))
+    special = min(BYTE_FALLBACK.special_token_ids)
+    for prompt, output in ([], [null, special, broken]), ([null, special], [broken]), ([null], [special, broken]):
+        pieces, detokenizer = pieces_of(BYTE_FALLBACK, prompt, output, True)
+        assert "".join(pieces) == detokenizer.whole() == "\ufffd\ufffd"[len(prompt) > 0 :]
+    pieces, _ = pieces_of(BYTE_FALLBACK, [], [null, special, broken], False)
+    assert "".join(pieces) == BYTE_FALLBACK.decode([null, special, broken], False)
+
+
 def test_the_space_after_the_prompt_is_output() -> None:
     prompt = BYTE_FALLBACK.encode("hello")
     space, *_ = BYTE_FALLBACK.encode("world")

@@ -256,18 +256,22 @@ void add_norm(Program& program, const Array& x, const std::optional<Array>& resi
   add_op(program, std::move(op), rows);
 }
 
-void add_activation(Program& program, const Array& gate_up, const std::string& activation, const Outputs& packed,
+void set_activation(ActivationOp& op, const Array& gate_up, const std::string& activation, const Outputs& packed,
                     const std::optional<Array>& dense) {
-  const int64_t rows = size_of(gate_up, 0), width = size_of(gate_up, 1) / 2;
-  auto op = std::make_unique<ActivationOp>();
-  op->gate_up = floats("gate_up", gate_up, {-1, -1});
+  op.gate_up = floats("gate_up", gate_up, {-1, -1});
   check_multiple("gate_up: columns", size_of(gate_up, 1), 16);
   if (activation != "silu" && activation != "gelu_tanh")
     value_error("activation: expected silu or gelu_tanh, found " + activation);
-  op->activation = activation == "silu" ? Activation::kSilu : Activation::kGeluTanh;
-  op->out = row_output(packed, dense, rows, width);
-  program.require_scratch(kTileRows * width);
-  add_op(program, std::move(op), rows);
+  op.activation = activation == "silu" ? Activation::kSilu : Activation::kGeluTanh;
+  op.out = row_output(packed, dense, size_of(gate_up, 0), size_of(gate_up, 1) / 2);
+}
+
+void add_activation(Program& program, const Array& gate_up, const std::string& activation, const Outputs& packed,
+                    const std::optional<Array>& dense) {
+  auto op = std::make_unique<ActivationOp>();
+  set_activation(*op, gate_up, activation, packed, dense);
+  program.require_scratch(kTileRows * op->out.width);
+  add_op(program, std::move(op), size_of(gate_up, 0));
 }
 
 void add_quantize(Program& program, const Array& x, const Outputs& packed) {
@@ -302,6 +306,18 @@ void add_linear(Program& program, const std::vector<std::shared_ptr<PackedLinear
   op->ldy = total_columns(op->parts);
   op->y = floats("y", y, {-1, op->ldy});
   add_op(program, std::move(op), size_of(y, 0));
+}
+
+void add_gated_linear(Program& program, const std::vector<std::shared_ptr<PackedLinear>>& weights, const std::vector<Array>& inputs,
+                      const Array& gate_up, const std::string& activation, const Outputs& packed, const std::optional<Array>& dense) {
+  const int64_t rows = size_of(gate_up, 0);
+  auto op = std::make_unique<GatedLinearOp>();
+  op->parts = linear_parts(weights, inputs, rows);
+  check_array("gate_up", gate_up, {-1, total_columns(op->parts)});
+  set_activation(op->activation, gate_up, activation, packed, dense);
+  op->unit_columns = gated_unit_columns(op->parts, op->activation.out);
+  program.require_scratch(std::max(kTileRows * op->activation.out.width, kGatedRows * 2 * op->unit_columns));
+  add_op(program, std::move(op), rows);
 }
 
 void add_rope(Program& program, const Array& qkv, int num_heads, const KvCacheObject& cache, const std::optional<Array>& q_weight,
@@ -561,6 +577,8 @@ NB_MODULE(_native, m) {
       .def("act_and_mul", &add_activation, nb::arg("gate_up"), nb::arg("activation"), nb::arg("packed"), nb::arg("dense").none())
       .def("quantize", &add_quantize, nb::arg("x"), nb::arg("packed"))
       .def("linear", &add_linear, nb::arg("weights"), nb::arg("inputs"), nb::arg("y"))
+      .def("gated_linear", &add_gated_linear, nb::arg("weights"), nb::arg("inputs"), nb::arg("gate_up"), nb::arg("activation"),
+           nb::arg("packed"), nb::arg("dense").none())
       .def("rope_and_store", &add_rope, nb::arg("qkv"), nb::arg("num_heads"), nb::arg("kv"), nb::arg("q_weight").none(),
            nb::arg("k_weight").none(), nb::arg("eps"), nb::arg("unit_offset"), nb::arg("cos").none(), nb::arg("sin").none(),
            nb::arg("q"))

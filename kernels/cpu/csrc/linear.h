@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "common.h"
+#include "huge_pages.h"
 
 namespace awq_cpu {
 
@@ -70,6 +71,10 @@ struct ActivationLayout {
 void quantize_rows(const ActivationLayout& layout, const float* x, int64_t ldx, int64_t row_begin, int64_t row_end,
                    void* packed);
 
+// The same for groups [group_begin, group_end) alone; x is at the first channel of group_begin. Not for kFloat32, which has none.
+void quantize_groups(const ActivationLayout& layout, const float* x, int64_t ldx, int64_t row_begin, int64_t row_end,
+                     int64_t group_begin, int64_t group_end, void* packed);
+
 // The values back as fp32 [row_end - row_begin, k] (adapters, tests).
 void dequantize_rows(const ActivationLayout& layout, const void* packed, int64_t row_begin, int64_t row_end, float* out,
                      int64_t ldo);
@@ -94,7 +99,7 @@ struct PackedLinear {
   int64_t panel_stride = 0;                    // bytes
   int64_t weights_offset = 0;                  // bytes from a panel's start to its weights
   ActivationLayout activations;                // what `linear_run` wants its input in
-  AlignedBuffer panels;
+  HugePiece panels;
   AlignedBuffer bias;                          // fp32 [num_panels * 16], or empty
 
   int64_t nbytes() const { return static_cast<int64_t>(panels.nbytes() + bias.nbytes()); }

@@ -619,6 +619,6 @@ double integer_peak_avx2(int64_t iterations) {
 
 }  // namespace
 
-extern const LinearKernels kAvx2Kernels = {"avx2", quantize_rows_avx2, run_avx2, integer_peak_avx2};
+extern const LinearKernels kAvx2Kernels = {"avx2", quantize_groups_avx2, run_avx2, integer_peak_avx2};
 
 }  // namespace awq_cpu

@@ -241,6 +241,6 @@ double integer_peak_avx512(int64_t iterations) {
 
 }  // namespace
 
-extern const LinearKernels kAvx512Kernels = {"avx512", quantize_rows_avx2, run_avx512, integer_peak_avx512};
+extern const LinearKernels kAvx512Kernels = {"avx512", quantize_groups_avx2, run_avx512, integer_peak_avx512};
 
 }  // namespace awq_cpu

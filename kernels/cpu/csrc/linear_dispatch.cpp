@@ -66,7 +66,12 @@ std::string current_isa() { return linear_kernels().name; }
 void select_isa(const std::string& name) { current.store(find(name), std::memory_order_release); }
 
 void quantize_rows(const ActivationLayout& layout, const float* x, int64_t ldx, int64_t row_begin, int64_t row_end, void* packed) {
-  linear_kernels().quantize_rows(layout, x, ldx, row_begin, row_end, packed);
+  linear_kernels().quantize_groups(layout, x, ldx, row_begin, row_end, 0, layout.num_groups, packed);
+}
+
+void quantize_groups(const ActivationLayout& layout, const float* x, int64_t ldx, int64_t row_begin, int64_t row_end,
+                     int64_t group_begin, int64_t group_end, void* packed) {
+  linear_kernels().quantize_groups(layout, x, ldx, row_begin, row_end, group_begin, group_end, packed);
 }
 
 void linear_run(const PackedLinear& weight, const void* activations, int64_t num_rows, float* y, int64_t ldy, int64_t panel_begin,

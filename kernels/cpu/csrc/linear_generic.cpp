@@ -29,16 +29,17 @@ int32_t quantize_block(const float* x, int64_t count, int64_t block_size, float 
   return sum;
 }
 
-void quantize_row(const ActivationLayout& layout, const float* x, int64_t lane, uint8_t* tile) {
+void quantize_row(const ActivationLayout& layout, const float* x, int64_t lane, int64_t group_begin, int64_t group_end,
+                  uint8_t* tile) {
   auto* scales = reinterpret_cast<float*>(tile + layout.scales_offset) + lane;
   auto* sums = reinterpret_cast<float*>(tile + layout.sums_offset) + lane;
   const bool wide = layout.mode == ActivationMode::kInt16;
-  for (int64_t group = 0; group < layout.num_groups; ++group) {
+  for (int64_t group = group_begin; group < group_end; ++group) {
     float group_sum = 0.0f;
     for (int64_t b = 0; b < layout.blocks_per_group; ++b) {
       const int64_t block = group * layout.blocks_per_group + b, begin = b * layout.block_size;
       const int64_t left = layout.group_size - begin, count = left < layout.block_size ? left : layout.block_size;
-      const float* source = x + group * layout.group_size + begin;
+      const float* source = x + (group - group_begin) * layout.group_size + begin;
       const int64_t place = block * layout.block_size * kTileRows;
       float scale;
       const int32_t sum =
@@ -51,8 +52,8 @@ void quantize_row(const ActivationLayout& layout, const float* x, int64_t lane, 
   }
 }
 
-void quantize_rows_generic(const ActivationLayout& layout, const float* x, int64_t ldx, int64_t row_begin, int64_t row_end,
-                           void* packed) {
+void quantize_groups_generic(const ActivationLayout& layout, const float* x, int64_t ldx, int64_t row_begin, int64_t row_end,
+                             int64_t group_begin, int64_t group_end, void* packed) {
   for (int64_t row = row_begin; row < row_end; ++row) {
     uint8_t* tile = static_cast<uint8_t*>(packed) + row / kTileRows * layout.tile_stride;
     const int64_t lane = row % kTileRows;
@@ -60,7 +61,7 @@ void quantize_rows_generic(const ActivationLayout& layout, const float* x, int64
     if (layout.mode == ActivationMode::kFloat32)
       for (int64_t i = 0; i < layout.k; ++i) reinterpret_cast<float*>(tile)[i * kTileRows + lane] = source[i];
     else
-      quantize_row(layout, source, lane, tile);
+      quantize_row(layout, source, lane, group_begin, group_end, tile);
   }
 }
 
@@ -188,6 +189,6 @@ void run_generic(const PackedLinear& weight, const void* activations, int64_t nu
 
 }  // namespace
 
-extern const LinearKernels kGenericKernels = {"generic", quantize_rows_generic, run_generic, nullptr};
+extern const LinearKernels kGenericKernels = {"generic", quantize_groups_generic, run_generic, nullptr};
 
 }  // namespace awq_cpu

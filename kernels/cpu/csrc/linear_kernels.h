@@ -7,8 +7,8 @@ namespace awq_cpu {
 
 struct LinearKernels {
   const char* name;
-  void (*quantize_rows)(const ActivationLayout& layout, const float* x, int64_t ldx, int64_t row_begin, int64_t row_end,
-                        void* packed);
+  void (*quantize_groups)(const ActivationLayout& layout, const float* x, int64_t ldx, int64_t row_begin, int64_t row_end,
+                          int64_t group_begin, int64_t group_end, void* packed);
   void (*run)(const PackedLinear& weight, const void* activations, int64_t num_rows, float* y, int64_t ldy,
               int64_t panel_begin, int64_t panel_end);
   // Runs the densest multiply-accumulate loop over registers and returns the number of multiply-accumulates; may be null.
@@ -20,8 +20,8 @@ extern const LinearKernels kAvx2Kernels;    // AVX2, FMA, F16C
 extern const LinearKernels kAvx512Kernels;  // those and AVX-512 F, BW, VL, VNNI
 
 // Also used by the AVX-512 variant.
-void quantize_rows_avx2(const ActivationLayout& layout, const float* x, int64_t ldx, int64_t row_begin, int64_t row_end,
-                        void* packed);
+void quantize_groups_avx2(const ActivationLayout& layout, const float* x, int64_t ldx, int64_t row_begin, int64_t row_end,
+                          int64_t group_begin, int64_t group_end, void* packed);
 
 // The variant in use; chosen on first use.
 const LinearKernels& linear_kernels();

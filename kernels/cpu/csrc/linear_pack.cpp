@@ -40,7 +40,7 @@ PackedLinear make_packed(WeightType type, FloatType float_type, ActivationMode m
   }
   packed.weights_offset = round_up(header, kAlignment);
   packed.panel_stride = round_up(packed.weights_offset + weights, kAlignment);
-  packed.panels = AlignedBuffer(static_cast<size_t>(packed.panel_stride * packed.num_panels));
+  packed.panels = HugePiece(static_cast<size_t>(packed.panel_stride * packed.num_panels));
   if (bias != nullptr) {
     packed.bias = AlignedBuffer(static_cast<size_t>(packed.num_panels * kPanelColumns) * sizeof(float));
     std::memcpy(packed.bias.data(), bias, static_cast<size_t>(n) * sizeof(float));

@@ -143,6 +143,56 @@ void ActivationOp::run(RunContext& context) {
   });
 }
 
+namespace {
+
+// Fewer rows are bound by reading the weights, which wants long stretches of them.
+constexpr int64_t kMinGatedRows = 32;
+constexpr int64_t kMaxGatedColumns = 256;  // 64 rows of 256 gates and ups are 128 KiB
+
+}  // namespace
+
+int64_t gated_unit_columns(const std::vector<LinearPart>& parts, const RowOutput& out) {
+  if (parts.size() != 1 || out.packed.size() != 1 || out.dense != nullptr) return 0;
+  const ActivationLayout& layout = out.packed[0].layout;
+  if (layout.mode == ActivationMode::kFloat32 || layout.group_size % layout.block_size) return 0;
+  const int64_t columns = std::max(layout.group_size, 2 * kPanelColumns);
+  if (columns % kPanelColumns || columns > kMaxGatedColumns || out.width % columns) return 0;
+  return columns;
+}
+
+void GatedLinearOp::run(RunContext& context) {
+  const int64_t num_rows = context.counts.num_tokens, row_blocks = ceil_div(num_rows, kGatedRows);
+  if (unit_columns != 0) {
+    const int64_t num_units = activation.out.width / unit_columns;
+    if (num_rows >= kMinGatedRows && num_units * row_blocks >= 8 * context.pool.num_threads()) return run_units(context, num_units, row_blocks);
+  }
+  run_parts(context, parts, num_rows, const_cast<float*>(activation.gate_up), 2 * activation.out.width);
+  activation.run(context);
+}
+
+void GatedLinearOp::run_units(RunContext& context, int64_t num_units, int64_t row_blocks) {
+  const PackedLinear& weight = *parts[0].weight;
+  const auto& packed = activation.out.packed[0];
+  const int64_t num_rows = context.counts.num_tokens, width = activation.out.width, columns = unit_columns, ld = 2 * columns;
+  const int64_t panels = columns / kPanelColumns, groups = columns / packed.layout.group_size;
+  const int64_t total = num_units * row_blocks;
+  // Row blocks outside: a claim's units share their input.
+  context.pool.parallel_for(total, context.pool.even_chunk(total), [&](int64_t begin, int64_t end, int thread) {
+    float* scratch = context.scratch(thread);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t unit = i % num_units, first_row = i / num_units * kGatedRows, rows = std::min(kGatedRows, num_rows - first_row);
+      const auto* input = static_cast<const uint8_t*>(parts[0].input) + first_row / kTileRows * weight.activations.tile_stride;
+      for (int64_t half = 0; half < 2; ++half) {
+        const int64_t column = half * width + unit * columns, panel = column / kPanelColumns;
+        linear_run(weight, input, rows, scratch + half * columns - column, ld, panel, panel + panels);
+      }
+      for (int64_t r = 0; r < rows; ++r)
+        context.ops.act_and_mul_row(scratch + r * ld, scratch + r * ld + columns, activation.activation, columns, scratch + r * ld);
+      quantize_groups(packed.layout, scratch, ld, first_row, first_row + rows, unit * groups, (unit + 1) * groups, packed.data);
+    }
+  });
+}
+
 void QuantizeOp::run(RunContext& context) {
   const int64_t num_rows = context.counts.num_tokens, num_tiles = ceil_div(num_rows, kTileRows);
   context.pool.parallel_for(num_tiles, context.pool.even_chunk(num_tiles), [&](int64_t begin, int64_t end, int) {

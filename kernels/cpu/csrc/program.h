@@ -188,6 +188,23 @@ struct LinearOp final : Op {
   int64_t ldy;
 };
 
+// A linear of gates and ups side by side, and the activation of its result: where the layouts allow it, a few columns of some rows
+// at a time, so that what is between never leaves the cache.
+struct GatedLinearOp final : Op {
+  GatedLinearOp() : Op("linear") {}
+  void run(RunContext& context) override;
+  std::vector<LinearPart> parts;
+  int64_t unit_columns = 0;  // of the activation's output, computed together; 0: never
+  ActivationOp activation;   // reads what the linear writes when the two go one after the other
+ private:
+  void run_units(RunContext& context, int64_t num_units, int64_t row_blocks);
+};
+
+constexpr int64_t kGatedRows = 64;  // of a unit: what the linear's kernels block by too
+
+// Columns of a gated linear's output that end with a group of each packed layout and fill whole panels, or 0 where none do.
+int64_t gated_unit_columns(const std::vector<LinearPart>& parts, const RowOutput& out);
+
 struct RopeOp final : Op {
   RopeOp() : Op("rope") {}
   void run(RunContext& context) override;

@@ -101,19 +101,21 @@ AWQ_INLINE const float* padded_block(const float* x, int64_t count, int64_t size
 
 // Quantizes rows [lane, lane + kRows) of one tile; kRows is 1 or 4.
 template <int kRows, bool kWide>
-void quantize_tile(const ActivationLayout& layout, const float* x, int64_t ldx, int64_t lane, uint8_t* tile) {
+void quantize_tile(const ActivationLayout& layout, const float* x, int64_t ldx, int64_t lane, int64_t group_begin, int64_t group_end,
+                   uint8_t* tile) {
   auto* scales = reinterpret_cast<float*>(tile + layout.scales_offset) + lane;
   auto* sums = reinterpret_cast<float*>(tile + layout.sums_offset) + lane;
   const int64_t size = kWide ? layout.block_size : 32;
   const int64_t block_nbytes = size * kTileRows * (kWide ? 2 : 1);
   alignas(32) float buffer[128];
   __m256i dwords[kRows][kWide ? 8 : 1];
-  for (int64_t group = 0; group < layout.num_groups; ++group) {
+  for (int64_t group = group_begin; group < group_end; ++group) {
     float group_sum[kRows] = {};
     for (int64_t b = 0; b < layout.blocks_per_group; ++b) {
       const int64_t block = group * layout.blocks_per_group + b;
       for (int r = 0; r < kRows; ++r) {
-        const float* source = padded_block(x + r * ldx + group * layout.group_size + b * size, layout.group_size - b * size, size, buffer);
+        const float* first = x + r * ldx + (group - group_begin) * layout.group_size + b * size;
+        const float* source = padded_block(first, layout.group_size - b * size, size, buffer);
         int32_t sum;
         const float scale = kWide ? quantize_block_int16(source, size, dwords[r], &sum) : quantize_block_int8(source, dwords[r], &sum);
         scales[block * kTileRows + r] = scale;
@@ -147,26 +149,28 @@ void copy_tile(const ActivationLayout& layout, const float* x, int64_t ldx, int6
 }
 
 template <int kRows>
-void quantize_any(const ActivationLayout& layout, const float* x, int64_t ldx, int64_t lane, uint8_t* tile) {
+void quantize_any(const ActivationLayout& layout, const float* x, int64_t ldx, int64_t lane, int64_t group_begin, int64_t group_end,
+                  uint8_t* tile) {
   switch (layout.mode) {
-    case ActivationMode::kInt8: return quantize_tile<kRows, false>(layout, x, ldx, lane, tile);
-    case ActivationMode::kInt16: return quantize_tile<kRows, true>(layout, x, ldx, lane, tile);
+    case ActivationMode::kInt8: return quantize_tile<kRows, false>(layout, x, ldx, lane, group_begin, group_end, tile);
+    case ActivationMode::kInt16: return quantize_tile<kRows, true>(layout, x, ldx, lane, group_begin, group_end, tile);
     case ActivationMode::kFloat32: return copy_tile<kRows>(layout, x, ldx, lane, tile);
   }
 }
 
 }  // namespace
 
-void quantize_rows_avx2(const ActivationLayout& layout, const float* x, int64_t ldx, int64_t row_begin, int64_t row_end, void* packed) {
+void quantize_groups_avx2(const ActivationLayout& layout, const float* x, int64_t ldx, int64_t row_begin, int64_t row_end,
+                          int64_t group_begin, int64_t group_end, void* packed) {
   int64_t row = row_begin;
   while (row < row_end) {
     uint8_t* tile = static_cast<uint8_t*>(packed) + row / kTileRows * layout.tile_stride;
     const float* source = x + (row - row_begin) * ldx;
     const bool whole = row % kTileRows == 0 && row + kTileRows <= row_end;
     if (whole)
-      quantize_any<4>(layout, source, ldx, 0, tile);
+      quantize_any<4>(layout, source, ldx, 0, group_begin, group_end, tile);
     else
-      quantize_any<1>(layout, source, ldx, row % kTileRows, tile);
+      quantize_any<1>(layout, source, ldx, row % kTileRows, group_begin, group_end, tile);
     row += whole ? kTileRows : 1;
   }
 }

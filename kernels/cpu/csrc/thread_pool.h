@@ -51,10 +51,16 @@ class ThreadPool {
     }, const_cast<void*>(static_cast<const void*>(&function)));
   }
 
-  // A chunk that gives each thread several claims, as dynamic sharing needs, without claims so small that they cost.
+  // A chunk that gives each thread several claims, as dynamic sharing needs, without claims so small that they cost; of those in
+  // question the one that leaves the busiest thread the least, threads being equally fast.
   int64_t even_chunk(int64_t num_units, int64_t claims_per_thread = 4) const {
-    const int64_t claims = claims_per_thread * num_threads_;
-    return num_units > claims ? (num_units + claims - 1) / claims : 1;
+    const int64_t claims = claims_per_thread * num_threads_, largest = num_units > claims ? (num_units + claims - 1) / claims : 1;
+    int64_t best = largest, best_load = INT64_MAX;
+    for (int64_t chunk = largest; 2 * chunk > largest; --chunk) {
+      const int64_t num_chunks = (num_units + chunk - 1) / chunk, load = (num_chunks + num_threads_ - 1) / num_threads_ * chunk;
+      if (load < best_load) best = chunk, best_load = load;
+    }
+    return best;
   }
 
  private:
