@@ -404,9 +404,12 @@ class GpuBackend:
             )  # fmt: skip
         return GpuInput(out)
 
-    def act_and_mul(
-        self, gate_up: Tensor, activation: Activation, for_linear: PreparedLinear | None = None
+    def gated_linear(
+        self, x: LinearInput, gate_up: PreparedLinear, activation: Activation, for_linear: PreparedLinear | None = None
     ) -> GpuInput:
+        return self.act_and_mul(self.linear(x, gate_up), activation)
+
+    def act_and_mul(self, gate_up: Tensor, activation: Activation) -> GpuInput:
         out = self._empty(gate_up.shape[0], gate_up.shape[1] // 2)
         fused.act_and_mul(gate_up, out, activation == "gelu_tanh")
         return GpuInput(out)
