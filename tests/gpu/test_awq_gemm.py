@@ -74,7 +74,7 @@ def shapes_and_dtypes() -> Iterator[object]:
         yield pytest.param(*shape, torch.bfloat16, marks=[] if index in (2, 3, 7) else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("rows", "n", "k", "group_size", "parts", "dtype"), shapes_and_dtypes())
+@pytest.mark.parametrize(("rows", "n", "k", "group_size", "parts", "dtype"), list(shapes_and_dtypes()))
 def test_product_equals_the_dequantized_weights(
     rows: int, n: int, k: int, group_size: int, parts: int, dtype: torch.dtype
 ) -> None:
