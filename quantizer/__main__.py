@@ -98,7 +98,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--calibration",
         default=defaults.calibration,
         metavar="TEXT",
-        help="'builtin' (English text of Python and of this package), a text file, or a .jsonl file with a string or an object "
+        help="'builtin' (English text and code of Python, prose of this package, random tokens), a text file, or a .jsonl "
+        "file with a string or an object "
         "with 'text' per line (default: %(default)s)",
     )
     calibration.add_argument("--samples", type=int, default=defaults.samples, help="sequences (default: %(default)s)")
