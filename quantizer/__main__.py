@@ -162,7 +162,12 @@ def quantize(
     if dtype not in (torch.float16, torch.bfloat16):
         dtype = torch.float16
     tokens = calibration_tokens(
-        source.tokenizer(), options.calibration, options.samples, options.sequence_length, options.seed
+        source.tokenizer(),
+        source.config.vocab_size,
+        options.calibration,
+        options.samples,
+        options.sequence_length,
+        options.seed,
     )
     quantizer = pipeline.LayerQuantizer(source, architecture, options, shapes, dtype)
     layers = []
