@@ -87,30 +87,41 @@ void AttentionOp::run(RunContext& context) {
   float* partials = reinterpret_cast<float*>(context.partials.data());
   const Batch& batch = context.batch;
 
-  context.pool.parallel_for(static_cast<int64_t>(plan.units.size()), 1, [&](int64_t begin, int64_t end, int thread) {
+  const auto make_task = [&](int64_t i) {
+    const auto& unit = plan.units[i];
+    const int32_t start = batch.query_starts[unit.sequence], num_queries = batch.query_starts[unit.sequence + 1] - start;
+    const int64_t at = (start + unit.first_query) * width + static_cast<int64_t>(unit.kv_head) * group * head_dim;
+    AttentionTask task = {};
+    task.q = q + at;
+    task.q_stride = width;
+    task.num_tokens = unit.num_queries;
+    task.group = group;
+    task.first_position = batch.seq_lens[unit.sequence] - num_queries + unit.first_query;
+    task.kv_head = unit.kv_head;
+    task.num_keys = batch.seq_lens[unit.sequence];
+    task.block_table = batch.block_tables + unit.sequence * batch.max_blocks;
+    task.first_segment = unit.first_segment;
+    task.num_segments = unit.num_segments;
+    task.kv = &kv;
+    task.scale = scale;
+    task.soft_cap = soft_cap;
+    task.window = window;
+    task.output = rows + at;
+    task.output_stride = width;
+    task.partials = unit.partials >= 0 ? partials + unit.partials : nullptr;
+    return task;
+  };
+  // The short units of decoding are claimed several at a time, so that a thread knows which keys it reads next.
+  const auto num_units = static_cast<int64_t>(plan.units.size());
+  const bool decoding = context.counts.num_tokens == context.counts.num_sequences;
+  const int64_t chunk = decoding ? context.pool.even_chunk(num_units) : 1;
+  context.pool.parallel_for(num_units, chunk, [&](int64_t begin, int64_t end, int thread) {
+    AttentionTask task = make_task(begin);
     for (int64_t i = begin; i < end; ++i) {
-      const auto& unit = plan.units[i];
-      const int32_t start = batch.query_starts[unit.sequence], num_queries = batch.query_starts[unit.sequence + 1] - start;
-      AttentionTask task;
-      const int64_t at = (start + unit.first_query) * width + static_cast<int64_t>(unit.kv_head) * group * head_dim;
-      task.q = q + at;
-      task.q_stride = width;
-      task.num_tokens = unit.num_queries;
-      task.group = group;
-      task.first_position = batch.seq_lens[unit.sequence] - num_queries + unit.first_query;
-      task.kv_head = unit.kv_head;
-      task.num_keys = batch.seq_lens[unit.sequence];
-      task.block_table = batch.block_tables + unit.sequence * batch.max_blocks;
-      task.first_segment = unit.first_segment;
-      task.num_segments = unit.num_segments;
-      task.kv = &kv;
-      task.scale = scale;
-      task.soft_cap = soft_cap;
-      task.window = window;
-      task.output = rows + at;
-      task.output_stride = width;
-      task.partials = unit.partials >= 0 ? partials + unit.partials : nullptr;
+      const AttentionTask next = i + 1 < end ? make_task(i + 1) : AttentionTask{};
+      task.next = i + 1 < end ? &next : nullptr;
       context.ops.attend(task, context.scratch(thread));
+      task = next;
     }
   });
 

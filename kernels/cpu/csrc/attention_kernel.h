@@ -42,7 +42,9 @@ struct Int8Element {
 template <class Element>
 struct KeyBlock {
   const typename Element::type* keys[kKeyGroups + 3];  // past the valid groups: the last valid one, so that any width may load
-  const typename Element::type* values[kKeyGroups];
+  const typename Element::type* values[kKeyGroups + 3];
+  // Where the eight-key groups that are read after this block begin, as `values` does for its own; null: nothing is known to follow.
+  const char* next_keys[kKeyGroups];
   alignas(32) float key_scales[kKeyBlock];
   alignas(32) float value_scales[kKeyBlock];
 };
@@ -57,40 +59,77 @@ struct TileState {
   int head_dim;
 };
 
-template <class Element>
-AWQ_INLINE int find_block(const AttentionTask& task, int first_key, KeyBlock<Element>& block) {
+// Calls visit(group, row, offset) for the groups of 8 keys from first_key on, up to a block of them: row counts [pool block][KV head].
+// Returns the number of keys.
+template <class Visit>
+AWQ_INLINE int visit_groups(const AttentionTask& task, int first_key, Visit visit) {
   const KvCache& kv = *task.kv;
   const int left = task.num_keys - first_key, num_keys = left < kKeyBlock ? left : kKeyBlock;
-  const int num_groups = (num_keys + kLanes - 1) / kLanes;
-  const int64_t plane = static_cast<int64_t>(kv.head_dim) * kv.block_size;
   int table_entry = first_key / kv.block_size, offset = first_key % kv.block_size;
-  for (int group = 0; group < num_groups; ++group, offset += kLanes) {
+  for (int group = 0; group * kLanes < num_keys; ++group, offset += kLanes) {
     if (offset == kv.block_size) {
       offset = 0;
       ++table_entry;
     }
-    const int64_t row = static_cast<int64_t>(task.block_table[table_entry]) * kv.num_kv_heads + task.kv_head;
+    visit(group, static_cast<int64_t>(task.block_table[table_entry]) * kv.num_kv_heads + task.kv_head, offset);
+  }
+  return num_keys;
+}
+
+template <class Element>
+AWQ_INLINE int find_block(const AttentionTask& task, int first_key, KeyBlock<Element>& block) {
+  const KvCache& kv = *task.kv;
+  const int64_t plane = static_cast<int64_t>(kv.head_dim) * kv.block_size;
+  const int num_keys = visit_groups(task, first_key, [&](int group, int64_t row, int offset) {
     block.keys[group] = static_cast<const typename Element::type*>(kv.keys) + row * plane + offset;
     block.values[group] = static_cast<const typename Element::type*>(kv.values) + row * plane + int64_t{offset} * kv.head_dim;
     if (Element::kScaled) {
       store8(block.key_scales + group * kLanes, load8(kv.key_scales + row * kv.block_size + offset));
       store8(block.value_scales + group * kLanes, load8(kv.value_scales + row * kv.block_size + offset));
     }
+  });
+  const int num_groups = (num_keys + kLanes - 1) / kLanes;
+  for (int group = num_groups; group < kKeyGroups + 3; ++group) {
+    block.keys[group] = block.keys[num_groups - 1];
+    block.values[group] = block.values[num_groups - 1];
   }
-  for (int group = num_groups; group < kKeyGroups + 3; ++group) block.keys[group] = block.keys[num_groups - 1];
   return num_keys;
 }
 
-// scores[r][group * 8 ...] = q[r] . keys for C groups of keys.
-template <class Element, int R, int C>
-AWQ_INLINE void score_groups(const float* q, int head_dim, const typename Element::type* const* keys, int key_stride,
-                             float* scores) {
+// The first key that a task reads.
+AWQ_INLINE int first_visible_key(const AttentionTask& task) {
+  const int first = task.first_segment * kKeySegment, visible = task.window ? task.first_position - task.window + 1 : 0;
+  return visible > first ? visible / kKeyBlock * kKeyBlock : first;
+}
+
+// Finds what is read after the block at first_key: the next block of the task, or the first of the thread's next task.
+template <class Element>
+AWQ_INLINE void find_next(const AttentionTask& task, int first_key, KeyBlock<Element>& block) {
+  for (int group = 0; group < kKeyGroups; ++group) block.next_keys[group] = nullptr;
+  const int end = (task.first_segment + task.num_segments) * kKeySegment, keys = task.first_position + task.num_tokens;
+  const bool last = first_key + kKeyBlock >= (end < keys ? end : keys);
+  if (last && task.next == nullptr) return;
+  const AttentionTask& reader = last ? *task.next : task;
+  const int64_t head_dim = task.kv->head_dim, plane = head_dim * task.kv->block_size;
+  visit_groups(reader, last ? first_visible_key(reader) : first_key + kKeyBlock, [&](int group, int64_t row, int offset) {
+    block.next_keys[group] = reinterpret_cast<const char*>(static_cast<const typename Element::type*>(task.kv->keys) + row * plane +
+                                                           offset * head_dim);
+  });
+}
+
+// scores[r][group * 8 ...] = q[r] . keys for C groups of keys. The groups' values, which are needed next, are fetched meanwhile
+// with kFetch.
+template <class Element, bool kFetch, int R, int C>
+AWQ_INLINE void score_groups(const float* q, int head_dim, const typename Element::type* const* keys,
+                             const typename Element::type* const* values, int key_stride, float* scores) {
   F8 sums[R][C];
   for (int r = 0; r < R; ++r)
     for (int c = 0; c < C; ++c) sums[r][c] = set8(0.0f);
   const typename Element::type* pointers[C];
   for (int c = 0; c < C; ++c) pointers[c] = keys[c];
+  const int group_nbytes = kLanes * head_dim * static_cast<int>(sizeof(typename Element::type));
   for (int d = 0; d < head_dim; ++d) {
+    if (kFetch && d / C * 64 < group_nbytes) prefetch_line(reinterpret_cast<const char*>(values[d % C]) + d / C * 64);
     F8 query[R];
     if (R < C)  // the smaller side stays in registers: sums, that side and one vector of the other are 16 at most
       for (int r = 0; r < R; ++r) query[r] = set8(q[r * head_dim + d]);
@@ -112,18 +151,27 @@ AWQ_INLINE void score_groups(const float* q, int head_dim, const typename Elemen
     for (int c = 0; c < C; ++c) store8(scores + r * kKeyBlock + c * kLanes, sums[r][c]);
 }
 
-// accumulator[r][column ...] = accumulator * factor[r] + weights[r] . values for C * 8 columns; keys in order.
-template <class Element, int R, int C>
-AWQ_INLINE void weigh_columns(const float* weights, const float* factors, const typename Element::type* const* values,
-                              int first_key, int end_key, int head_dim, int column, float* accumulator) {
+// accumulator[r][column ...] = accumulator * factor[r] + weights[r] . values for C * 8 columns; keys in order. With the first
+// columns the keys that are needed next are fetched, with kFetch.
+template <class Element, bool kFetch, int R, int C>
+AWQ_INLINE void weigh_columns(const float* weights, const float* factors, const KeyBlock<Element>& block, int first_key,
+                              int end_key, int head_dim, int column, float* accumulator) {
+  const int row_nbytes = head_dim * static_cast<int>(sizeof(typename Element::type));
   F8 sums[R][C];
   for (int r = 0; r < R; ++r)
     for (int c = 0; c < C; ++c)
       sums[r][c] = load8(accumulator + r * head_dim + column + c * kLanes) * set8(factors[r]);
   for (int key = first_key; key < end_key;) {
     const int group = key / kLanes, stop = (group + 1) * kLanes < end_key ? (group + 1) * kLanes : end_key;
-    const typename Element::type* row = values[group] + int64_t{key % kLanes} * head_dim + column;
+    const int64_t from = int64_t{key % kLanes} * head_dim;
+    const typename Element::type* row = block.values[group] + from + column;
+    const char* next = kFetch && column == 0 ? block.next_keys[group] : nullptr;
+    if (next) next += from * row_nbytes / head_dim;
     for (; key < stop; ++key, row += head_dim) {
+      if (next) {
+        for (int i = 0; i < row_nbytes; i += 64) prefetch_line(next + i);
+        next += row_nbytes;
+      }
       F8 weight[R], value[C];
       if (R < C)
         for (int r = 0; r < R; ++r) weight[r] = set8(weights[r * kKeyBlock + key]);
@@ -144,33 +192,33 @@ AWQ_INLINE void weigh_columns(const float* weights, const float* factors, const 
     for (int c = 0; c < C; ++c) store8(accumulator + r * head_dim + column + c * kLanes, sums[r][c]);
 }
 
-template <class Element, int R>
+template <class Element, bool kFetch, int R>
 AWQ_NOINLINE void score_rows(const float* q, int head_dim, const KeyBlock<Element>& block, int block_size, int first_group,
-                           int end_group, float* scores) {
+                             int end_group, float* scores) {
   constexpr int C = register_columns(R) > 4 ? 4 : register_columns(R);
   int group = first_group;
   for (; group < end_group; group += C) {
     if (C == 4 && end_group - group <= 2) {
-      score_groups<Element, R, 2>(q, head_dim, block.keys + group, block_size, scores + group * kLanes);
+      score_groups<Element, kFetch, R, 2>(q, head_dim, block.keys + group, block.values + group, block_size, scores + group * kLanes);
       return;
     }
     // A last, partial tile reads the repeated pointers; what it writes past the block's end is never looked at.
-    score_groups<Element, R, C>(q, head_dim, block.keys + group, block_size, scores + group * kLanes);
+    score_groups<Element, kFetch, R, C>(q, head_dim, block.keys + group, block.values + group, block_size, scores + group * kLanes);
   }
 }
 
-template <class Element, int R>
+template <class Element, bool kFetch, int R>
 AWQ_NOINLINE void weigh_rows(const float* weights, const float* factors, const KeyBlock<Element>& block, int first_key,
-                           int end_key, int head_dim, float* accumulator) {
+                             int end_key, int head_dim, float* accumulator) {
   constexpr int C = R == 3 ? 3 : register_columns(R);  // with 4, compilers spill two of the sums
   int column = 0;
   for (; column + C * kLanes <= head_dim; column += C * kLanes)
-    weigh_columns<Element, R, C>(weights, factors, block.values, first_key, end_key, head_dim, column, accumulator);
+    weigh_columns<Element, kFetch, R, C>(weights, factors, block, first_key, end_key, head_dim, column, accumulator);
   if (C > 2)
     for (; column + 2 * kLanes <= head_dim; column += 2 * kLanes)
-      weigh_columns<Element, R, 2>(weights, factors, block.values, first_key, end_key, head_dim, column, accumulator);
+      weigh_columns<Element, kFetch, R, 2>(weights, factors, block, first_key, end_key, head_dim, column, accumulator);
   for (; column < head_dim; column += kLanes)
-    weigh_columns<Element, R, 1>(weights, factors, block.values, first_key, end_key, head_dim, column, accumulator);
+    weigh_columns<Element, kFetch, R, 1>(weights, factors, block, first_key, end_key, head_dim, column, accumulator);
 }
 
 // Which keys of a block a row sees: [begin, end), empty where end <= begin.
@@ -264,7 +312,7 @@ AWQ_NOINLINE void softmax_rows(const AttentionTask& task, const KeyBlock<Element
 }
 
 // One block of keys for R rows from `row` on.
-template <class Element, int R>
+template <class Element, bool kFetch, int R>
 AWQ_INLINE void attend_rows(const AttentionTask& task, const KeyBlock<Element>& block, int first_key, int row, bool nonfinite,
                             TileState& state) {
   KeyRange ranges[R], hull = {kKeyBlock, 0};
@@ -281,7 +329,7 @@ AWQ_INLINE void attend_rows(const AttentionTask& task, const KeyBlock<Element>& 
   const int first_group = hull.begin / kLanes, end_group = (hull.end + kLanes - 1) / kLanes;
   const int head_dim = state.head_dim;
   alignas(32) float scores[R * kKeyBlock + 3 * kLanes], factor[kLanes];
-  score_rows<Element, R>(state.q + row * head_dim, head_dim, block, task.kv->block_size, first_group, end_group, scores);
+  score_rows<Element, kFetch, R>(state.q + row * head_dim, head_dim, block, task.kv->block_size, first_group, end_group, scores);
   if (uniform && hull.begin == 0 && hull.end == kKeyBlock) {
     softmax_rows<Element, R, false>(task, block, ranges, 0, kKeyGroups, row, state, scores, factor);
   } else {
@@ -289,36 +337,36 @@ AWQ_INLINE void attend_rows(const AttentionTask& task, const KeyBlock<Element>& 
   }
   float* accumulator = state.accumulator + row * head_dim;
   if (uniform || !nonfinite) {
-    weigh_rows<Element, R>(scores, factor, block, hull.begin, hull.end, head_dim, accumulator);
+    weigh_rows<Element, kFetch, R>(scores, factor, block, hull.begin, hull.end, head_dim, accumulator);
     return;
   }
   // A NaN or infinity that some of these rows may not see: 0 * NaN would show it to them, so each row takes its own keys.
   for (int r = 0; r < R; ++r)
     if (ranges[r].end > 0)
-      weigh_rows<Element, 1>(scores + r * kKeyBlock, factor + r, block, ranges[r].begin, ranges[r].end, head_dim,
+      weigh_rows<Element, false, 1>(scores + r * kKeyBlock, factor + r, block, ranges[r].begin, ranges[r].end, head_dim,
                              accumulator + r * head_dim);
 }
 
 // The last, fewer than kMicroRows rows.
-template <class Element, int R>
+template <class Element, bool kFetch, int R>
 AWQ_INLINE void attend_remainder(const AttentionTask& task, const KeyBlock<Element>& block, int first_key, int row, int count,
                                  bool nonfinite, TileState& state) {
   if constexpr (R > 0) {
     if (count == R) {
-      attend_rows<Element, R>(task, block, first_key, row, nonfinite, state);
+      attend_rows<Element, kFetch, R>(task, block, first_key, row, nonfinite, state);
     } else {
-      attend_remainder<Element, R - 1>(task, block, first_key, row, count, nonfinite, state);
+      attend_remainder<Element, kFetch, R - 1>(task, block, first_key, row, count, nonfinite, state);
     }
   }
 }
 
-template <class Element>
+template <class Element, bool kFetch>
 AWQ_INLINE void attend_block(const AttentionTask& task, const KeyBlock<Element>& block, int first_key, int num_rows,
                              bool nonfinite, TileState& state) {
   int row = 0;
   for (; row + kMicroRows <= num_rows; row += kMicroRows)
-    attend_rows<Element, kMicroRows>(task, block, first_key, row, nonfinite, state);
-  attend_remainder<Element, kMicroRows - 1>(task, block, first_key, row, num_rows - row, nonfinite, state);
+    attend_rows<Element, kFetch, kMicroRows>(task, block, first_key, row, nonfinite, state);
+  attend_remainder<Element, kFetch, kMicroRows - 1>(task, block, first_key, row, num_rows - row, nonfinite, state);
 }
 
 // Adds a segment's (accumulator, maximum, sum) to the total's. A segment of which the row saw nothing changes nothing.
@@ -346,7 +394,7 @@ AWQ_INLINE void finish_row(const float* total, float sum, int head_dim, float* o
   for (int d = 0; d < head_dim; d += kLanes) store8(out + d, load8(total + d) * inverse);
 }
 
-template <class Element>
+template <class Element, bool kFetch>
 AWQ_NOINLINE void attend_segment(const AttentionTask& task, int segment, int num_rows, TileState& state) {
   for (int row = 0; row < num_rows; ++row) {
     state.maxima[row] = -__builtin_inff();
@@ -359,14 +407,16 @@ AWQ_NOINLINE void attend_segment(const AttentionTask& task, int segment, int num
     if (first_key > last_position) break;
     if (task.window && first_key + kKeyBlock <= task.first_position - task.window + 1) continue;
     const int num_keys = find_block(task, first_key, block);
+    if (kFetch) find_next(task, first_key, block);
     const bool edge = first_key + kKeyBlock > task.first_position + 1 ||
                       (task.window && first_key <= last_position - task.window);
     const bool nonfinite = task.num_tokens > 1 && edge && holds_nonfinite(block, num_keys, state.head_dim);
-    attend_block(task, block, first_key, num_rows, nonfinite, state);
+    attend_block<Element, kFetch>(task, block, first_key, num_rows, nonfinite, state);
   }
 }
 
-template <class Element>
+// kFetch: memory is read ahead. For one token's rows, that is; more rows read a block again and again, from the cache.
+template <class Element, bool kFetch>
 void attend_tile(const AttentionTask& task, float* scratch) {
   const int head_dim = task.kv->head_dim, num_rows = task.num_tokens * task.group;
   TileState state;
@@ -392,14 +442,14 @@ void attend_tile(const AttentionTask& task, float* scratch) {
     any[row] = false;
   }
   if (task.num_segments == 1 && task.partials == nullptr) {  // folding into nothing copies
-    attend_segment<Element>(task, task.first_segment, num_rows, state);
+    attend_segment<Element, kFetch>(task, task.first_segment, num_rows, state);
     for (int row = 0; row < num_rows; ++row)
       finish_row(state.accumulator + row * head_dim, sum8(load8(state.sums + row * kLanes)), head_dim,
                  task.output + (row / task.group) * task.output_stride + (row % task.group) * head_dim);
     return;
   }
   for (int segment = task.first_segment; segment < task.first_segment + task.num_segments; ++segment) {
-    attend_segment<Element>(task, segment, num_rows, state);
+    attend_segment<Element, kFetch>(task, segment, num_rows, state);
     for (int row = 0; row < num_rows; ++row) {
       const float* accumulator = state.accumulator + row * head_dim;
       const float sum = sum8(load8(state.sums + row * kLanes));
@@ -422,11 +472,11 @@ void attend_tile(const AttentionTask& task, float* scratch) {
 }
 
 void attend(const AttentionTask& task, float* scratch) {
-  if (task.kv->type == awq_cpu::KvType::kHalf) {
-    attend_tile<HalfElement>(task, scratch);
-  } else {
-    attend_tile<Int8Element>(task, scratch);
-  }
+  const bool fetch = task.num_tokens == 1;
+  if (task.kv->type == awq_cpu::KvType::kHalf)
+    fetch ? attend_tile<HalfElement, true>(task, scratch) : attend_tile<HalfElement, false>(task, scratch);
+  else
+    fetch ? attend_tile<Int8Element, true>(task, scratch) : attend_tile<Int8Element, false>(task, scratch);
 }
 
 void merge_partials(const float* partials, int num_segments, int64_t stride, int head_dim, float* out) {

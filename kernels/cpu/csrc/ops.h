@@ -55,6 +55,7 @@ struct AttentionTask {
   int window;               // 0: none
   float* output;            // as q, when partials is null: the finished rows
   int64_t output_stride;
+  const AttentionTask* next;  // what the same thread computes next, where it is known: its first keys are fetched ahead
   float* partials;          // else [num_segments][num_tokens * group][head_dim + kPartialExtra]: accumulator, maximum, sum
 };
 constexpr int kPartialExtra = 8;

@@ -29,6 +29,7 @@ AWQ_INLINE F8 load8(const float* p) {
   return v;
 }
 AWQ_INLINE void store8(float* p, F8 v) { __builtin_memcpy(p, &v, sizeof v); }
+AWQ_INLINE void prefetch_line(const char* p) { __builtin_prefetch(p, 0, 3); }
 AWQ_INLINE F8 set8(float x) { return F8{x, x, x, x, x, x, x, x}; }
 AWQ_INLINE F8 select8(I8 mask, F8 yes, F8 no) { return mask ? yes : no; }
 
