@@ -5,7 +5,7 @@
 // 16-bit sums are widened and multiplied by the activation's scale, once per 32 channels; the zero point and the weight's scale come in
 // once per group. The inner 32 channels are inline assembly: compilers spill the 13 to 16 live registers, which costs a third.
 //
-// int16 activations go through vpmaddwd, with int4 or int8 weights widened to 16 bits in a buffer in L1.
+// int16 activations go through vpmaddwd, with int4 weights widened to 16 bits in a buffer in L1, int8 weights in registers.
 #include <immintrin.h>
 
 #include "linear_kernels.h"
@@ -67,6 +67,20 @@ namespace {
   AWQ_NIBBLES(ROWS, AWQ_FIRST, "0", "0", "16") AWQ_NIBBLES(ROWS, AWQ_NEXT, "64", "32", "48")             \
   AWQ_NIBBLES(ROWS, AWQ_NEXT, "128", "64", "80") AWQ_NIBBLES(ROWS, AWQ_NEXT, "192", "96", "112")
 
+// One step of 4 channels of int8 weights straight from the panel, against int16 activations: channels (0, 2), then (1, 3).
+#define AWQ_INT8_WIDE(ROWS)                            \
+  "vmovdqa (%[w]), %[v0]\n"                            \
+  "vmovdqa 32(%[w]), %[v1]\n"                          \
+  "prefetcht0 2048(%[w])\n"                            \
+  "vpsllw $8, %[v0], %[w0]\n"                          \
+  "vpsllw $8, %[v1], %[w1]\n"                          \
+  "vpsraw $8, %[w0], %[w0]\n"                          \
+  "vpsraw $8, %[w1], %[w1]\n"                          \
+  ROWS(AWQ_NEXT, "vpmaddwd", "vpaddd", "0")            \
+  "vpsraw $8, %[v0], %[w0]\n"                          \
+  "vpsraw $8, %[v1], %[w1]\n"                          \
+  ROWS(AWQ_NEXT, "vpmaddwd", "vpaddd", "16")
+
 #define AWQ_SUMS_1(c) [A0] c(s[0][0]), [A1] c(s[0][1])
 #define AWQ_SUMS_2(c) AWQ_SUMS_1(c), [B0] c(s[1][0]), [B1] c(s[1][1])
 #define AWQ_SUMS_3(c) AWQ_SUMS_2(c), [C0] c(s[2][0]), [C1] c(s[2][1])
@@ -92,6 +106,15 @@ struct Block;
                    : AWQ_SUMS_##n("=&x"), [w0] "=&x"(w0), [w1] "=&x"(w1), [v0] "=&x"(v0), [v1] "=&x"(v1), [x] "=&x"(x),         \
                      [t0] "=&x"(t0), [t1] "=&x"(t1)                                                                             \
                    : [w] "r"(w), [a] "r"(a), [mask] "x"(mask)                                                                   \
+                   : "memory");                                                                                                 \
+    }                                                                                                                           \
+    /* 4 channels; adds to s */                                                                                                  \
+    AWQ_INLINE static void int8_wide(const uint8_t* w, const uint8_t* a, __m256i (&s)[n][2]) {                                  \
+      __m256i w0, w1, v0, v1, x, t0, t1;                                                                                        \
+      asm volatile(AWQ_INT8_WIDE(AWQ_ROWS_##n)                                                                                  \
+                   : AWQ_SUMS_##n("+x"), [w0] "=&x"(w0), [w1] "=&x"(w1), [v0] "=&x"(v0), [v1] "=&x"(v1), [x] "=&x"(x),          \
+                     [t0] "=&x"(t0), [t1] "=&x"(t1)                                                                             \
+                   : [w] "r"(w), [a] "r"(a)                                                                                     \
                    : "memory");                                                                                                 \
     }                                                                                                                           \
     /* 16 channels; adds to s */                                                                                                \
@@ -268,13 +291,17 @@ void run_nibbles(const PackedLinear& weight, const uint8_t* tiles, int64_t num_r
 // ---- many rows: a chunk of the panel is unpacked once and used by up to 64 rows ----
 
 constexpr int64_t kRowBlock = 64;
-constexpr int64_t kUnpackedNbytes = 16384;  // half of L1
+constexpr int64_t kUnpackedNbytes = 24576;  // three quarters of L1: a tile of activations needs the rest
+
+// A tile's sums between two chunks: finished groups, and the group that spans both.
+struct SavedSums {
+  Sums<4> total, group;
+};
 
 struct Scratch {
   alignas(64) uint8_t weights[kUnpackedNbytes];
   alignas(64) GroupMeta metas[kUnpackedNbytes / 32 / kPanelColumns];
-  alignas(64) Sums<4> total[kRowBlock / kTileRows];
-  alignas(64) Sums<4> group[kRowBlock / kTileRows];  // of a group that spans chunks
+  alignas(64) SavedSums sums[kRowBlock / kTileRows];
 };
 
 AWQ_INLINE __m256i load_vector(const uint8_t* data) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(data)); }
@@ -308,19 +335,7 @@ AWQ_INLINE void unpack_int4_to_int16(const uint8_t* source, int64_t nbytes, uint
   }
 }
 
-// int8 to 16 bits: 64 bytes (4 channels) become 128, [2 steps: channel pairs (0,2) (1,3)][16 columns][2].
-AWQ_INLINE void unpack_int8_to_int16(const uint8_t* source, int64_t nbytes, uint8_t* out) {
-  for (int64_t i = 0; i < nbytes; i += 64, out += 128) {
-    _mm_prefetch(reinterpret_cast<const char*>(source + i + 2048), _MM_HINT_T0);
-    for (int h = 0; h < 2; ++h) {
-      const __m256i v = load_vector(source + i + h * 32);
-      store_vector(out + h * 32, _mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8));
-      store_vector(out + h * 32 + 64, _mm256_srai_epi16(v, 8));
-    }
-  }
-}
-
-// ---- few rows, int16 activations: weights are widened in registers ----
+// ---- int16 activations, weights widened in registers: few rows of int4, any number of int8 (two shifts cost less than a buffer) ----
 
 // 16 columns x 2 channels of weights against one dword of each row.
 template <int kRows>
@@ -338,19 +353,17 @@ template <int kRows, bool kInt4>
 AWQ_INLINE void wide_block(const uint8_t* w, const uint8_t* a, int64_t size, __m256i (&dot)[kRows][2]) {
   const __m256i mask = _mm256_set1_epi16(15);
   for (int r = 0; r < kRows; ++r) dot[r][0] = dot[r][1] = _mm256_setzero_si256();
-  for (int64_t i = 0; i < size; i += kInt4 ? 8 : 4) {
-    _mm_prefetch(reinterpret_cast<const char*>(w + 2048), _MM_HINT_T0);
-    const __m256i v0 = load_vector(w), v1 = load_vector(w + 32);
-    w += 64;
+  for (int64_t i = 0; i < size; i += kInt4 ? 8 : 4, w += 64) {
     if constexpr (kInt4) {
+      _mm_prefetch(reinterpret_cast<const char*>(w + 2048), _MM_HINT_T0);
+      const __m256i v0 = load_vector(w), v1 = load_vector(w + 32);
       add_pair<kRows>(_mm256_and_si256(v0, mask), _mm256_and_si256(v1, mask), a, dot);
       add_pair<kRows>(_mm256_and_si256(_mm256_srli_epi16(v0, 8), mask), _mm256_and_si256(_mm256_srli_epi16(v1, 8), mask), a + 16, dot);
       add_pair<kRows>(_mm256_and_si256(_mm256_srli_epi16(v0, 4), mask), _mm256_and_si256(_mm256_srli_epi16(v1, 4), mask), a + 32, dot);
       add_pair<kRows>(_mm256_srli_epi16(v0, 12), _mm256_srli_epi16(v1, 12), a + 48, dot);
       a += 64;
     } else {
-      add_pair<kRows>(_mm256_srai_epi16(_mm256_slli_epi16(v0, 8), 8), _mm256_srai_epi16(_mm256_slli_epi16(v1, 8), 8), a, dot);
-      add_pair<kRows>(_mm256_srai_epi16(v0, 8), _mm256_srai_epi16(v1, 8), a + 16, dot);
+      Block<kRows>::int8_wide(w, a, dot);
       a += 32;
     }
   }
@@ -412,10 +425,12 @@ AWQ_INLINE void unpacked_block(const uint8_t* w, const uint8_t* a, int64_t size,
   add_block<kRows, kFirst>(dot, scales, group);
 }
 
-// One tile over blocks [begin, end) of the unpacked chunk. `metas`: of the groups from begin's on.
+// One tile over blocks [begin, end) of the unpacked chunk. `metas`: of the groups from begin's on. Between the chunks of a panel its
+// sums are kept in `saved`; after the last they go to y.
 template <int kRows, bool kWide>
-AWQ_INLINE void chunk_tile(const ActivationLayout& layout, const GroupMeta* metas, const uint8_t* w, const uint8_t* tile, int64_t begin,
-                           int64_t end, Sums<4>& saved_total, Sums<4>& saved_group) {
+AWQ_INLINE void chunk_tile(const PackedLinear& weight, int64_t panel_index, const GroupMeta* metas, const uint8_t* w, const uint8_t* tile,
+                           int64_t begin, int64_t end, SavedSums& saved, float* y, int64_t ldy) {
+  const ActivationLayout& layout = weight.activations;
   const int64_t size = kWide ? layout.block_size : 32, per_group = layout.blocks_per_group;
   const int64_t w_step = size * kPanelColumns * (kWide ? 2 : 1), a_step = size * kTileRows * (kWide ? 2 : 1);
   const uint8_t* a = tile + begin * a_step;
@@ -423,8 +438,11 @@ AWQ_INLINE void chunk_tile(const ActivationLayout& layout, const GroupMeta* meta
   const float* sums = reinterpret_cast<const float*>(tile + layout.sums_offset) + begin / per_group * kTileRows;
   int64_t within = begin % per_group;
   Sums<kRows> total, partial;
-  std::memcpy(&total, &saved_total, sizeof total);
-  if (within != 0) std::memcpy(&partial, &saved_group, sizeof partial);
+  if (begin == 0)
+    total = {};
+  else
+    std::memcpy(&total, &saved.total, sizeof total);
+  if (within != 0) std::memcpy(&partial, &saved.group, sizeof partial);
   for (int64_t block = begin; block < end;) {
     const int64_t left = per_group - within, count = left < end - block ? left : end - block;
     int64_t i = 0;
@@ -442,8 +460,9 @@ AWQ_INLINE void chunk_tile(const ActivationLayout& layout, const GroupMeta* meta
     sums += kTileRows;
     within = 0;
   }
-  std::memcpy(&saved_total, &total, sizeof total);
-  std::memcpy(&saved_group, &partial, sizeof partial);
+  if (end == layout.num_blocks) return store_rows<kRows>(weight, panel_index, total, y, ldy);
+  std::memcpy(&saved.total, &total, sizeof total);
+  std::memcpy(&saved.group, &partial, sizeof partial);
 }
 
 template <bool kWide>
@@ -452,38 +471,30 @@ void run_chunks(const PackedLinear& weight, const uint8_t* tiles, int64_t row_be
   const ActivationLayout& layout = weight.activations;
   const uint8_t* panel = weight.panels.data() + panel_index * weight.panel_stride;
   const int64_t unpacked_block = layout.block_size * kPanelColumns * (kWide ? 2 : 1);
-  const int64_t packed_block = layout.block_size * kPanelColumns / (weight.type == WeightType::kInt4 ? 2 : 1);
+  const int64_t packed_block = layout.block_size * kPanelColumns / 2;
   const int64_t chunk = kUnpackedNbytes / unpacked_block;
-  std::memset(scratch.total, 0, sizeof scratch.total);
   for (int64_t begin = 0; begin < layout.num_blocks; begin += chunk) {
     const int64_t end = begin + chunk < layout.num_blocks ? begin + chunk : layout.num_blocks;
     const uint8_t* source = panel + weight.weights_offset + begin * packed_block;
     const int64_t nbytes = (end - begin) * packed_block;
-    if (!kWide)
-      unpack_int4_to_int8(source, nbytes, scratch.weights);
-    else if (weight.type == WeightType::kInt4)
+    if (kWide)
       unpack_int4_to_int16(source, nbytes, scratch.weights);
     else
-      unpack_int8_to_int16(source, nbytes, scratch.weights);
+      unpack_int4_to_int8(source, nbytes, scratch.weights);
     const int64_t first_group = begin / layout.blocks_per_group, last_group = (end - 1) / layout.blocks_per_group;
     for (int64_t group = first_group; group <= last_group; ++group)
       scratch.metas[group - first_group] = load_meta(weight, panel, group);
     for (int64_t row = row_begin; row < row_end; row += kTileRows) {
       const uint8_t* tile = tiles + row / kTileRows * layout.tile_stride;
-      Sums<4>& total = scratch.total[(row - row_begin) / kTileRows];
-      Sums<4>& group = scratch.group[(row - row_begin) / kTileRows];
+      SavedSums& saved = scratch.sums[(row - row_begin) / kTileRows];
+      float* rows = y + row * ldy;
       switch (row_end - row) {
-        case 1: chunk_tile<1, kWide>(layout, scratch.metas, scratch.weights, tile, begin, end, total, group); break;
-        case 2: chunk_tile<2, kWide>(layout, scratch.metas, scratch.weights, tile, begin, end, total, group); break;
-        case 3: chunk_tile<3, kWide>(layout, scratch.metas, scratch.weights, tile, begin, end, total, group); break;
-        default: chunk_tile<4, kWide>(layout, scratch.metas, scratch.weights, tile, begin, end, total, group); break;
+        case 1: chunk_tile<1, kWide>(weight, panel_index, scratch.metas, scratch.weights, tile, begin, end, saved, rows, ldy); break;
+        case 2: chunk_tile<2, kWide>(weight, panel_index, scratch.metas, scratch.weights, tile, begin, end, saved, rows, ldy); break;
+        case 3: chunk_tile<3, kWide>(weight, panel_index, scratch.metas, scratch.weights, tile, begin, end, saved, rows, ldy); break;
+        default: chunk_tile<4, kWide>(weight, panel_index, scratch.metas, scratch.weights, tile, begin, end, saved, rows, ldy); break;
       }
     }
-  }
-  for (int64_t row = row_begin; row < row_end; ++row) {
-    Sums<1> total;
-    std::memcpy(&total, &scratch.total[(row - row_begin) / kTileRows].v[row % kTileRows], sizeof total);
-    store_rows<1>(weight, panel_index, total, y + row * ldy, ldy);
   }
 }
 
@@ -548,7 +559,7 @@ void run_dense(const PackedLinear& weight, const uint8_t* tiles, int64_t row_beg
 // ---- entry ----
 
 // Up to so many rows, unpacking for each tile costs less than the buffer.
-constexpr int64_t kMaxNibbleRows = 16, kMaxWideInt4Rows = 4, kMaxWideInt8Rows = 16;
+constexpr int64_t kMaxNibbleRows = 8, kMaxWideInt4Rows = 4;
 
 void run_quantized(const PackedLinear& weight, const uint8_t* tiles, int64_t num_rows, float* y, int64_t ldy, int64_t panel_begin,
                    int64_t panel_end) {
@@ -560,13 +571,8 @@ void run_quantized(const PackedLinear& weight, const uint8_t* tiles, int64_t num
       run_nibbles<FloatType::kBFloat16>(weight, tiles, num_rows, y, ldy, panel_begin, panel_end);
     return;
   }
-  if (wide && num_rows <= (weight.type == WeightType::kInt4 ? kMaxWideInt4Rows : kMaxWideInt8Rows)) {
-    if (weight.type == WeightType::kInt4)
-      run_wide<true>(weight, tiles, num_rows, y, ldy, panel_begin, panel_end);
-    else
-      run_wide<false>(weight, tiles, num_rows, y, ldy, panel_begin, panel_end);
-    return;
-  }
+  if (weight.type == WeightType::kInt8) return run_wide<false>(weight, tiles, num_rows, y, ldy, panel_begin, panel_end);
+  if (wide && num_rows <= kMaxWideInt4Rows) return run_wide<true>(weight, tiles, num_rows, y, ldy, panel_begin, panel_end);
   Scratch scratch;
   // Rows outside, so that a block of activations stays in L2 over all panels of the range.
   for (int64_t row = 0; row < num_rows; row += kRowBlock) {
