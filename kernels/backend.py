@@ -384,10 +384,14 @@ class Backend(Protocol):
         """activation(gate) * up, [num_tokens, I], of a linear with the gates' I outputs first and then the ups'. One op, so that a
         back end need not write out what is between."""
 
-    def logits(
-        self, hidden: LinearInput, batch: ForwardBatch, head: PreparedLinear, soft_cap: float | None = None
-    ) -> Tensor:
-        """fp32 logits [num_rows, vocabulary] of the tokens that `batch.logit_rows` picks."""
+    def pick_rows(
+        self, x: LinearInput, residual: Tensor, batch: ForwardBatch, for_linear: PreparedLinear | None = None
+    ) -> tuple[LinearInput, Tensor]:
+        """x and residual of the tokens that `batch.logit_rows` picks, [num_rows, ...]; x was made for no linear. What the last
+        layer does after its attention, and the head, is wanted for these alone. No op that takes `batch` comes after it."""
+
+    def logits(self, hidden: LinearInput, head: PreparedLinear, soft_cap: float | None = None) -> Tensor:
+        """fp32 logits [num_rows, vocabulary] of picked rows."""
 
     # After it.
     def sample(self, logits: Tensor, sampling: SamplingBatch) -> SampledRows:

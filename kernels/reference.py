@@ -244,11 +244,14 @@ class ReferenceBackend(HostBackend):
             return DenseInput(torch.nn.functional.silu(gate) * up)
         return DenseInput(torch.nn.functional.gelu(gate, approximate="tanh") * up)
 
-    def logits(
-        self, hidden: LinearInput, batch: ForwardBatch, head: PreparedLinear, soft_cap: float | None = None
-    ) -> Tensor:
+    def pick_rows(
+        self, x: LinearInput, residual: Tensor, batch: ForwardBatch, for_linear: PreparedLinear | None = None
+    ) -> tuple[DenseInput, Tensor]:
         rows = batch.logit_rows[: batch.num_rows].long()
-        logits = self.linear(DenseInput(hidden.dense()[rows]), head)
+        return DenseInput(x.dense()[rows]), residual[rows]
+
+    def logits(self, hidden: LinearInput, head: PreparedLinear, soft_cap: float | None = None) -> Tensor:
+        logits = self.linear(hidden, head)
         return logits if soft_cap is None else soft_cap * torch.tanh(logits / soft_cap)
 
     def sample(self, logits: Tensor, sampling: SamplingBatch) -> SampledRows:

@@ -339,21 +339,29 @@ class CpuBackend(HostBackend):
         self._finish(program, x.num_rows)
         return out
 
-    def logits(
-        self, hidden: LinearInput, batch: ForwardBatch, head: PreparedLinear, soft_cap: float | None = None
-    ) -> Tensor:
-        assert isinstance(hidden, CpuLinearInput)
-        if hidden.tensor is None:
-            raise ValueError(
-                "logits: expected the output of a norm made for no linear: rows are gathered before packing"
-            )
-        linear = expect_cpu_linear(head)
-        program = self._program(batch, linear)
-        gathered = self._packed_input(batch.max_rows, linear)
-        y = self._empty(batch.max_rows, linear.out_features)
-        program.logits(hidden.tensor, linear.parts, gathered.packed, soft_cap or 0.0, y)
+    def pick_rows(
+        self, x: LinearInput, residual: Tensor, batch: ForwardBatch, for_linear: PreparedLinear | None = None
+    ) -> tuple[CpuLinearInput, Tensor]:
+        assert isinstance(x, CpuLinearInput)
+        if x.tensor is None:
+            raise ValueError("pick_rows: expected what an op made for no linear: rows are picked before packing")
+        program = self._program(batch)
+        num_rows = batch.max_rows if self._recording else batch.num_rows
+        picked = self._empty(num_rows, residual.shape[1])
+        out = self._linear_input(num_rows, x.tensor.shape[1], for_linear)
+        program.pick_rows(x.tensor, residual, picked, out.packed, out.tensor)
         self._finish(program, batch.num_tokens, batch)
-        return y if self._recording else y[: batch.num_rows]
+        return out, picked
+
+    def logits(self, hidden: LinearInput, head: PreparedLinear, soft_cap: float | None = None) -> Tensor:
+        assert isinstance(hidden, CpuLinearInput)
+        linear = expect_cpu_linear(head)
+        program = self._program(None, linear)
+        inputs = self._inputs(program, hidden, linear)
+        y = self._empty(hidden.num_rows, linear.out_features)
+        program.logits(linear.parts, inputs, soft_cap or 0.0, y)
+        self._finish(program, hidden.num_rows)
+        return y
 
     # After it.
     def sample(self, logits: Tensor, sampling: SamplingBatch) -> SampledRows:

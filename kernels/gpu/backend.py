@@ -414,14 +414,21 @@ class GpuBackend:
         fused.act_and_mul(gate_up, out, activation == "gelu_tanh")
         return GpuInput(out)
 
-    def logits(
-        self, hidden: LinearInput, batch: ForwardBatch, head: PreparedLinear, soft_cap: float | None = None
-    ) -> Tensor:
-        assert isinstance(hidden, GpuInput) and isinstance(head, GpuLinear)
+    def pick_rows(
+        self, x: LinearInput, residual: Tensor, batch: ForwardBatch, for_linear: PreparedLinear | None = None
+    ) -> tuple[GpuInput, Tensor]:
+        assert isinstance(x, GpuInput)
         num_rows = self._extent(batch).num_rows
-        gathered = self._empty(num_rows, head.in_features)
-        fused.gather_rows(hidden.tensor, batch.logit_rows, batch.counts, gathered)
-        out = self._linear(gathered, head, self._empty(num_rows, head.out_features, dtype=torch.float32))
+        picked = self._empty(num_rows, x.tensor.shape[1])
+        picked_residual = self._empty(num_rows, residual.shape[1], dtype=torch.float32)
+        fused.gather_rows(x.tensor, batch.logit_rows, batch.counts, picked)
+        fused.gather_rows(residual, batch.logit_rows, batch.counts, picked_residual)
+        return GpuInput(picked), picked_residual
+
+    def logits(self, hidden: LinearInput, head: PreparedLinear, soft_cap: float | None = None) -> Tensor:
+        assert isinstance(hidden, GpuInput) and isinstance(head, GpuLinear)
+        out = self._empty(hidden.tensor.shape[0], head.out_features, dtype=torch.float32)
+        self._linear(hidden.tensor, head, out)
         if soft_cap is not None:
             fused.soft_cap(out, soft_cap)
         return out

@@ -73,26 +73,36 @@ class Decoder:
         x = backend.embed(batch, self.weights.embedding)
         hidden, residual = backend.add_rms_norm(x, None, layers[0].input_norm, eps, for_linear=layers[0].qkv)
         for index, layer in enumerate(layers):
-            x = self._attention(layer, hidden, batch, kv[index])
+            is_last = index + 1 == len(layers)
+            following = None if is_last else layers[index + 1]
+            attended = self._attention(layer, hidden, batch, kv[index], for_linear=None if is_last else layer.o)
+            if is_last:  # from here on only the rows count whose logits are wanted
+                attended, residual = backend.pick_rows(attended, residual, batch, for_linear=layer.o)
+            x = backend.linear(attended, layer.o)
             hidden, residual = backend.add_rms_norm(
                 x, residual, layer.post_attention_norm, eps, for_linear=layer.gate_up
             )
             x = self._mlp(layer, hidden)
-            is_last = index + 1 == len(layers)
-            norm = self.weights.final_norm if is_last else layers[index + 1].input_norm
-            # The head takes a few rows only, so `logits` quantizes what it gathers.
-            following = None if is_last else layers[index + 1].qkv
-            hidden, residual = backend.add_rms_norm(x, residual, norm, eps, for_linear=following)
-        return backend.logits(hidden, batch, self.weights.head)
+            norm = following.input_norm if following else self.weights.final_norm
+            hidden, residual = backend.add_rms_norm(
+                x, residual, norm, eps, for_linear=following.qkv if following else self.weights.head
+            )
+        return backend.logits(hidden, self.weights.head)
 
-    def _attention(self, layer: DecoderLayer, hidden: LinearInput, batch: ForwardBatch, kv: KVCache) -> Tensor:
+    def _attention(
+        self,
+        layer: DecoderLayer,
+        hidden: LinearInput,
+        batch: ForwardBatch,
+        kv: KVCache,
+        for_linear: PreparedLinear | None,
+    ) -> LinearInput:
         backend, shape = self.backend, self.attention_shape
         qkv = backend.linear(hidden, layer.qkv)
         q = backend.rope_and_store(qkv, shape, layer.qk_norm, self.rotary, batch, kv)
-        attended = backend.attention(
-            q, shape, kv, batch, self.attention_scale, window=layer.sliding_window, for_linear=layer.o
+        return backend.attention(
+            q, shape, kv, batch, self.attention_scale, window=layer.sliding_window, for_linear=for_linear
         )
-        return backend.linear(attended, layer.o)
 
     def _mlp(self, layer: DecoderLayer, hidden: LinearInput) -> Tensor:
         activation = cast(Activation, self.config.activation)

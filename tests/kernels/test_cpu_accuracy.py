@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from kernels.backend import Backend, BackendOptions, ForwardBatch, KVCache, KVCacheSpec, LinearInput, PreparedLinear
+from kernels.backend import Backend, BackendOptions, KVCache, KVCacheSpec, LinearInput, PreparedLinear
 from kernels.format import AwqWeight, DenseWeight
 from kernels.reference import DenseInput, ReferenceBackend
 from server.model_config import load_model_config
@@ -53,13 +53,10 @@ class WithCpuOps(ReferenceBackend):
     def linear(self, x: LinearInput, weight: PreparedLinear) -> Tensor:
         return self.cpu.linear(self._dense(x), weight) if "linear" in self.ops else super().linear(x, weight)
 
-    def logits(  # type: ignore[override]
-        self, hidden: LinearInput, batch: ForwardBatch, head: PreparedLinear, soft_cap: float | None = None
-    ) -> Tensor:
+    def logits(self, hidden: LinearInput, head: PreparedLinear, soft_cap: float | None = None) -> Tensor:
         if "logits" in self.ops:
-            return self.cpu.logits(self._dense(hidden), batch, head, soft_cap)
-        rows = batch.logit_rows[: batch.num_rows].long()
-        return ReferenceBackend.linear(self, DenseInput(hidden.dense()[rows]), head)
+            return self.cpu.logits(self._dense(hidden), head, soft_cap)
+        return ReferenceBackend.linear(self, hidden, head)
 
     def allocate_kv(self, spec: KVCacheSpec) -> list[KVCache]:
         return self.cpu.allocate_kv(spec) if "attention" in self.ops else super().allocate_kv(spec)

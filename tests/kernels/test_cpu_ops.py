@@ -231,15 +231,17 @@ def test_packed_rows_do_not_depend_on_their_tile(backend: CpuBackend) -> None:
 
 
 @pytest.mark.parametrize("soft_cap", [None, 10.0])
-def test_logits_gather_rows(backend: CpuBackend, soft_cap: float | None) -> None:
+def test_logits_of_picked_rows(backend: CpuBackend, soft_cap: float | None) -> None:
     weight = torch.randn(101, 64).half()
     batch = make_batch([5, 1, 3], [5, 1, 3], [[0], [1], [2]], logit_rows=[8, 0, 5])
-    hidden = torch.randn(9, 64)
-    options = BackendOptions(num_threads=2, lm_head_dtype="fp16")
-    exact = CpuBackend(options)
-    out = exact.logits(
-        CpuLinearInput(9, hidden, ()), batch, exact.prepare_head(DenseWeight("lm_head", weight)), soft_cap
-    )
+    hidden, residual = torch.randn(9, 64), torch.randn(9, 24)
+    exact = CpuBackend(BackendOptions(num_threads=2, lm_head_dtype="fp16"))
+    head = exact.prepare_head(DenseWeight("lm_head", weight))
+    picked, picked_residual = exact.pick_rows(CpuLinearInput(9, hidden, ()), residual, batch)
+    assert torch.equal(picked.dense(), hidden[[8, 0, 5]]) and torch.equal(picked_residual, residual[[8, 0, 5]])
+    out = exact.logits(picked, head, soft_cap)
+    packed, _ = exact.pick_rows(CpuLinearInput(9, hidden, ()), residual, batch, for_linear=head)
+    assert torch.equal(exact.logits(packed, head, soft_cap), out)
     expected = hidden[[8, 0, 5]] @ weight.float().t()
     if soft_cap is not None:
         expected = soft_cap * torch.tanh(expected / soft_cap)

@@ -82,16 +82,18 @@ class Model:
         for i, (qkv, o, gate_up, down) in enumerate(self.layers):
             fused = backend.linear(hidden, qkv)
             q = backend.rope_and_store(fused, SHAPE, self.qk_norm if i else None, self.rotary, batch, kv[i])
-            attended = backend.attention(q, SHAPE, kv[i], batch, 0.2, 40 if i else None, None, for_linear=o)
+            attended = backend.attention(q, SHAPE, kv[i], batch, 0.2, 40 if i else None, None, None if i else o)
+            if i:
+                attended, residual = backend.pick_rows(attended, residual, batch, for_linear=o)
             hidden, residual = backend.add_rms_norm(
                 backend.linear(attended, o), residual, self.norms[1], 1e-5, True, for_linear=gate_up
             )
             activated = backend.gated_linear(hidden, gate_up, "silu", for_linear=down)
-            following = self.layers[1][0] if i == 0 else None
+            following = self.layers[1][0] if i == 0 else self.head
             hidden, residual = backend.add_rms_norm(
                 backend.linear(activated, down), residual, self.norms[2], 1e-5, for_linear=following
             )
-        return backend.logits(hidden, batch, self.head, 20.0)
+        return backend.logits(hidden, self.head, 20.0)
 
 
 def copy_batch(source: ForwardBatch, target: ForwardBatch) -> None:
@@ -266,8 +268,10 @@ def test_arguments_are_checked(backend: CpuBackend) -> None:
         backend.gated_linear(rows, gate_up, "silu", for_linear=head)
     packed, _ = backend.add_rms_norm(x, None, weight, 1e-5, for_linear=head)
     batch = make_batch([4], [4], [[0]])
-    with pytest.raises(ValueError, match="logits: expected the output of a norm made for no linear"):
-        backend.logits(packed, batch, head)
+    with pytest.raises(ValueError, match="pick_rows: expected what an op made for no linear"):
+        backend.pick_rows(packed, x, batch)
+    with pytest.raises(ValueError, match=r"residual: expected shape \[4, any\], found \[3, 64\]"):
+        backend.pick_rows(rows, x[:3], batch)
     other = backend.prepare_linear([DenseWeight("dense", torch.randn(10, 64))], None)
     with pytest.raises(ValueError, match="made for another linear"):
         backend.linear(packed, other)

@@ -143,15 +143,20 @@ def test_rotation_turns_pairs_by_their_angle(backend: ReferenceBackend) -> None:
     torch.testing.assert_close(q[7, 1, 8:], raw[8:])
 
 
-def test_logits_take_the_selected_rows(backend: ReferenceBackend) -> None:
-    weight = torch.randn(50, 8)
-    head = backend.prepare_head(DenseWeight("lm_head", weight))
+def test_rows_are_picked(backend: ReferenceBackend) -> None:
     tables, _ = make_tables([6, 3])
     batch = make_batch([6, 3], [6, 3], tables, logit_rows=[8, 2])
-    hidden = torch.randn(9, 8)
-    expected = hidden[[8, 2]] @ weight.t()
-    torch.testing.assert_close(backend.logits(DenseInput(hidden), batch, head), expected)
-    capped = backend.logits(DenseInput(hidden), batch, head, soft_cap=1.5)
+    x, residual = torch.randn(9, 8), torch.randn(9, 4)
+    picked, picked_residual = backend.pick_rows(DenseInput(x), residual, batch)
+    assert torch.equal(picked.dense(), x[[8, 2]]) and torch.equal(picked_residual, residual[[8, 2]])
+
+
+def test_logits_may_be_capped(backend: ReferenceBackend) -> None:
+    weight, hidden = torch.randn(50, 8), torch.randn(2, 8)
+    head = backend.prepare_head(DenseWeight("lm_head", weight))
+    expected = hidden @ weight.t()
+    torch.testing.assert_close(backend.logits(DenseInput(hidden), head), expected)
+    capped = backend.logits(DenseInput(hidden), head, soft_cap=1.5)
     torch.testing.assert_close(capped, 1.5 * torch.tanh(expected / 1.5))
 
 

@@ -219,16 +219,22 @@ void narrow(int64_t& limit, int64_t value) { limit = limit ? std::min(limit, val
 
 // Every buffer of an op has been checked to have as many rows as its first.
 void add_op(Program& program, std::unique_ptr<Op> op, int64_t rows) {
-  program.limits.num_op_rows = std::min(program.limits.num_op_rows, rows);
+  int64_t& limit = program.limits.picks_rows ? program.limits.num_picked_rows : program.limits.num_op_rows;
+  limit = std::min(limit, rows);
   program.add(std::move(op));
 }
 
 void need_batch(const Program& program) {
-  if (program.batch().counts == nullptr) value_error("batch: this op reads one, and the program was made without");
+  if (program.batch().counts == nullptr) value_error("batch: needed here, and the program was made without");
+}
+
+void need_batch_of_tokens(const Program& program) {
+  need_batch(program);
+  if (program.limits.picks_rows) value_error("batch: rows have been picked from it; no op may read it after that");
 }
 
 void add_embed(Program& program, const Array& table, const Array& out) {
-  need_batch(program);
+  need_batch_of_tokens(program);
   const Dtype dtype = check_dtype("table", table, {Dtype::kFloat16, Dtype::kBfloat16});
   check_array("table", table, {-1, -1});
   auto op = std::make_unique<EmbedOp>();
@@ -310,7 +316,7 @@ void add_gated_linear(Program& program, const std::vector<std::shared_ptr<Packed
 void add_rope(Program& program, const Array& qkv, int num_heads, const KvCacheObject& cache, const std::optional<Array>& q_weight,
               const std::optional<Array>& k_weight, float eps, bool unit_offset, const std::optional<Array>& cos,
               const std::optional<Array>& sin, const Array& q) {
-  need_batch(program);
+  need_batch_of_tokens(program);
   const KvCache& kv = cache.kv;
   if (num_heads < 1 || num_heads % kv.num_kv_heads)
     value_error("num_heads: expected a multiple of " + std::to_string(kv.num_kv_heads) + " KV heads, found " + std::to_string(num_heads));
@@ -344,7 +350,7 @@ void add_rope(Program& program, const Array& qkv, int num_heads, const KvCacheOb
 
 void add_attention(Program& program, const Array& q, const KvCacheObject& cache, float scale, int window, float soft_cap,
                    const Outputs& packed, const std::optional<Array>& dense) {
-  need_batch(program);
+  need_batch_of_tokens(program);
   const KvCache& kv = cache.kv;
   const int64_t rows = size_of(q, 0), num_heads = size_of(q, 1);
   auto op = std::make_unique<AttentionOp>();
@@ -366,27 +372,31 @@ void add_attention(Program& program, const Array& q, const KvCacheObject& cache,
   add_op(program, std::move(op), rows);
 }
 
-void add_logits(Program& program, const Array& hidden, const std::vector<std::shared_ptr<PackedLinear>>& weights,
-                const Outputs& gathered, float soft_cap, const Array& y) {
-  need_batch(program);
-  const int64_t rows = program.batch().max_rows, width = size_of(hidden, 1);
+void add_pick_rows(Program& program, const Array& x, const Array& residual, const Array& picked_residual, const Outputs& packed,
+                   const std::optional<Array>& dense) {
+  need_batch_of_tokens(program);
+  const int64_t tokens = size_of(x, 0), width = size_of(x, 1), rows = size_of(picked_residual, 0);
+  auto op = std::make_unique<PickOp>();
+  op->x = floats("x", x, {-1, -1});
+  op->residual = floats("residual", residual, {tokens, -1});
+  op->residual_width = size_of(residual, 1);
+  op->picked_residual = floats("picked_residual", picked_residual, {-1, op->residual_width});
+  op->out = row_output(packed, dense, rows, width);
+  program.require_scratch(kTileRows * width);
+  program.limits.num_op_rows = std::min(program.limits.num_op_rows, tokens);
+  program.limits.picks_rows = true;
+  add_op(program, std::move(op), rows);
+}
+
+void add_logits(Program& program, const std::vector<std::shared_ptr<PackedLinear>>& weights, const std::vector<Array>& inputs,
+                float soft_cap, const Array& y) {
+  const int64_t rows = size_of(y, 0);
   auto op = std::make_unique<LogitsOp>();
-  op->hidden = floats("hidden", hidden, {-1, -1});
-  op->gathered = row_output(gathered, std::nullopt, rows, width);
-  std::vector<Array> inputs;
-  for (const auto& weight : weights)
-    for (const auto& [layout, buffer] : gathered)
-      if (layout == weight->activations) {
-        inputs.push_back(buffer);
-        break;
-      }
   op->parts = linear_parts(weights, inputs, rows);
   op->soft_cap = soft_cap;
   op->ldy = total_columns(op->parts);
   op->y = floats("y", y, {rows, op->ldy});
-  program.limits.picks_rows = true;
-  program.require_scratch(kTileRows * width);
-  add_op(program, std::move(op), size_of(hidden, 0));
+  add_op(program, std::move(op), rows);
 }
 
 void sample(ThreadPool& pool, const Array& logits, const Array& temperature, const Array& top_k, const Array& top_p,
@@ -570,7 +580,9 @@ NB_MODULE(_native, m) {
            nb::arg("q"))
       .def("attention", &add_attention, nb::arg("q"), nb::arg("kv"), nb::arg("scale"), nb::arg("window"), nb::arg("soft_cap"),
            nb::arg("packed"), nb::arg("dense").none())
-      .def("logits", &add_logits, nb::arg("hidden"), nb::arg("weights"), nb::arg("gathered"), nb::arg("soft_cap"), nb::arg("y"))
+      .def("pick_rows", &add_pick_rows, nb::arg("x"), nb::arg("residual"), nb::arg("picked_residual"), nb::arg("packed"),
+           nb::arg("dense").none())
+      .def("logits", &add_logits, nb::arg("weights"), nb::arg("inputs"), nb::arg("soft_cap"), nb::arg("y"))
       .def("run_batch", [](Program& program) {
         need_batch(program);
         Counts counts;

@@ -63,7 +63,7 @@ void Program::check(const Counts& counts) const {
   if (batch_.counts == nullptr) return;  // ops on rows alone
   check_count("num_tokens", counts.num_tokens, batch_.max_tokens);
   check_count("num_sequences", counts.num_sequences, batch_.max_sequences);
-  check_count("num_rows", counts.num_rows, batch_.max_rows);
+  check_count("num_rows", counts.num_rows, std::min(batch_.max_rows, limits.num_picked_rows));
   if (limits.vocab_size) check_range("input_ids", batch_.input_ids, counts.num_tokens, limits.vocab_size);
   if (limits.max_position) check_range("positions", batch_.positions, counts.num_tokens, limits.max_position);
   if (limits.num_slots) check_range("slot_mapping", batch_.slot_mapping, counts.num_tokens, limits.num_slots);
@@ -240,11 +240,18 @@ void RopeOp::run(RunContext& context) {
   });
 }
 
-void LogitsOp::run(RunContext& context) {
+void PickOp::run(RunContext& context) {
   const int64_t num_rows = context.counts.num_rows;
-  for_each_row(context, num_rows, gathered, [&](int64_t row, float* to) {
-    std::memcpy(to, hidden + context.batch.logit_rows[row] * gathered.width, gathered.width * sizeof(float));
+  for_each_row(context, num_rows, out, [&](int64_t row, float* to) {
+    const int64_t token = context.batch.logit_rows[row];
+    std::memcpy(to, x + token * out.width, out.width * sizeof(float));
+    std::memcpy(picked_residual + row * residual_width, residual + token * residual_width, residual_width * sizeof(float));
   });
+  context.counts.num_tokens = num_rows;
+}
+
+void LogitsOp::run(RunContext& context) {
+  const int64_t num_rows = context.counts.num_tokens;
   run_parts(context, parts, num_rows, y, ldy);
   if (soft_cap <= 0.0f) return;
   constexpr int64_t kColumns = 4096;

@@ -50,6 +50,7 @@ struct Limits {
   int64_t vocab_size = 0, max_position = 0, num_slots = 0, num_blocks = 0, block_size = 0;
   bool attends = false, picks_rows = false;
   int64_t num_op_rows = INT64_MAX;  // of the shortest buffer that holds a row per token
+  int64_t num_picked_rows = INT64_MAX;  // of the shortest that holds one per picked token
 };
 
 // Query tiles and key segments of one step, for one shape of attention: the same in all layers, so made once per run.
@@ -228,11 +229,20 @@ struct AttentionOp final : Op {
   RowOutput out;  // packed, or empty when `rows` is what was asked for
 };
 
+// The rows of the tokens that the batch picks. For the ops after this one they are the run's tokens.
+struct PickOp final : Op {
+  PickOp() : Op("pick") {}
+  void run(RunContext& context) override;
+  const float* x;
+  const float* residual;
+  int64_t residual_width;
+  float* picked_residual;
+  RowOutput out;
+};
+
 struct LogitsOp final : Op {
   LogitsOp() : Op("logits") {}
   void run(RunContext& context) override;
-  const float* hidden;
-  RowOutput gathered;  // packed buffers of max_rows rows
   std::vector<LinearPart> parts;
   float soft_cap;  // 0: none
   float* y;
