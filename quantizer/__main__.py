@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from quantizer.config import DTYPES, GROUP_SIZES, METHODS, ROUNDINGS, QuantizeError, QuantizeOptions
+from quantizer.config import DTYPES, EFFORTS, GROUP_SIZES, METHODS, ROUNDINGS, QuantizeError, QuantizeOptions
 
 _DESCRIPTION = """\
 Quantize a language model to 4-bit AWQ: awq-quantize SOURCE OUT
@@ -84,6 +84,12 @@ def build_parser() -> argparse.ArgumentParser:
         choices=METHODS,
         help="awq searches scales and clips; rtn only rounds to nearest (default: %(default)s)",
     )
+    method.add_argument(
+        "--effort",
+        default=defaults.effort,
+        choices=tuple(EFFORTS),
+        help="fast searches more coarsely and on half of the text (default: %(default)s)",
+    )
     method.add_argument("--no-scales", action="store_true", help="skip the search for per-channel scales")
     method.add_argument("--no-clip", action="store_true", help="skip the search for clipped ranges")
     method.add_argument(
@@ -101,7 +107,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="'builtin' (English text of Python and of this package), a text file, or a .jsonl file with a string or an object "
         "with 'text' per line (default: %(default)s)",
     )
-    calibration.add_argument("--samples", type=int, default=defaults.samples, help="sequences (default: %(default)s)")
+    samples = ", ".join(f"{effort.samples} for {name}" for name, effort in EFFORTS.items())
+    calibration.add_argument("--samples", type=int, help=f"sequences (default: by effort, {samples})")
     calibration.add_argument(
         "--sequence-length", type=int, default=defaults.sequence_length, help="tokens of each (default: %(default)s)"
     )
@@ -119,6 +126,7 @@ def options_from_arguments(arguments: argparse.Namespace) -> QuantizeOptions:
     return QuantizeOptions(
         group_size=arguments.group_size,
         method=arguments.method,
+        effort=arguments.effort,
         scales=not arguments.no_scales,
         clip=not arguments.no_clip,
         rounding=arguments.rounding,
@@ -150,6 +158,8 @@ def quantize(
     from quantizer.calibrate import calibration_tokens
     from quantizer.mappings import find_architecture
 
+    options = options.resolved()
+    assert options.samples is not None
     export.check_output(out, overwrite)
     started = time.monotonic()
     source = sources.open_source(source_name, revision, offline)
@@ -179,7 +189,7 @@ def quantize(
         report = {
             "source": source.description,
             "architecture": architecture.name,
-            "options": options.resolved().to_dict(),
+            "options": options.to_dict(),
             "calibration_tokens": tokens.numel(),
             "versions": pipeline.versions(),
             "seconds": round(time.monotonic() - started, 1),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 GROUP_SIZES = (32, 64, 128, -1)
@@ -12,6 +12,26 @@ GROUP_SIZES = (32, 64, 128, -1)
 METHODS = ("awq", "rtn")
 ROUNDINGS = ("nearest", "feedback")
 DTYPES = ("auto", "float16", "bfloat16")
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How finely to search and on how much text."""
+
+    samples: int
+    """Calibration sequences, unless `samples` says otherwise."""
+    search_rows: int
+    """Rows of the weights that the scale search looks at, evenly spread: a scale is shared by all, so a sample ranks it."""
+    exponent_steps: int
+    """Exponents of a coarse pass over (0, 1]; a finer one goes around its best."""
+    shrink_steps: int
+    """Candidates for a clipped range, evenly spread from half of the full one."""
+
+
+EFFORTS = {
+    "fast": Effort(samples=12, search_rows=256, exponent_steps=4, shrink_steps=5),
+    "default": Effort(samples=24, search_rows=512, exponent_steps=8, shrink_steps=10),
+}
 
 
 class QuantizeError(ValueError):
@@ -65,11 +85,13 @@ class QuantizeOptions:
 
     group_size: int = 128
     method: str = "awq"
+    effort: str = "default"
     scales: bool = True
     clip: bool = True
     rounding: str = "feedback"
     calibration: str = "builtin"
-    samples: int = 24
+    samples: int | None = None
+    """Calibration sequences; None is what the effort says."""
     sequence_length: int = 512
     seed: int = 0
     dtype: str = "auto"
@@ -79,11 +101,12 @@ class QuantizeOptions:
     def __post_init__(self) -> None:
         _one_of("group_size", self.group_size, GROUP_SIZES)
         _one_of("method", self.method, METHODS)
+        _one_of("effort", self.effort, tuple(EFFORTS))
         _one_of("rounding", self.rounding, ROUNDINGS)
         _one_of("dtype", self.dtype, DTYPES)
         for field, minimum in (("samples", 1), ("sequence_length", 8), ("max_shard_bytes", 1)):
             value = getattr(self, field)
-            if value < minimum:
+            if value is not None and value < minimum:
                 raise QuantizeError(f"{field}: {value} is below the minimum of {minimum}")
 
     @property
@@ -98,11 +121,11 @@ class QuantizeOptions:
         return asdict(self)
 
     def resolved(self) -> QuantizeOptions:
-        """Round-to-nearest written out: method `rtn` is no scales, no clip, nearest rounding."""
-        if self.method != "rtn":
-            return self
-        fields = {**asdict(self), "scales": False, "clip": False, "rounding": "nearest"}
-        return QuantizeOptions(**fields)
+        """Everything written out: the effort's samples; method `rtn` as no scales, no clip and nearest rounding."""
+        resolved = replace(self, samples=self.samples or EFFORTS[self.effort].samples)
+        if self.method == "rtn":
+            resolved = replace(resolved, scales=False, clip=False, rounding="nearest")
+        return resolved
 
 
 def _one_of(field: str, value: object, allowed: tuple[object, ...]) -> None:

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from kernels.format import AwqWeight, pack_int4
 from quantizer.calibrate import InputStatistics, LayerRunner
-from quantizer.config import QuantConfig, QuantizeError, QuantizeOptions
+from quantizer.config import EFFORTS, QuantConfig, QuantizeError, QuantizeOptions
 from quantizer.folding import fold, shared_channels
 from quantizer.mappings import Architecture, ScaleGroup
 from quantizer.rounding import Rounded, nearest_values, round_feedback, round_nearest
-from quantizer.search import ScaleChoice, identity_choice, output_error, parameter_chooser, search_scales
+from quantizer.search import RangeChooser, ScaleChoice, identity_choice, output_error, search_scales
 from quantizer.sources import Source, load_checked
 
 _ROUNDINGS = {"nearest": round_nearest, "feedback": round_feedback}
@@ -36,11 +36,15 @@ class ScaleReport:
 
 @dataclass(frozen=True, slots=True)
 class LinearReport:
-    """Relative output error tr(dW H dWT) / tr(W H WT) of one linear, by plain rounding and as written."""
+    """Relative output error tr(dW H dWT) / tr(W H WT) of one linear, by plain rounding and as written.
+
+    clipped: the share of its (row, group) pairs whose range was shrunk.
+    """
 
     name: str
     error_nearest: float
     error: float
+    clipped: float
 
 
 @dataclass(slots=True)
@@ -48,6 +52,8 @@ class LayerReport:
     layer: int
     scales: list[ScaleReport] = field(default_factory=list)
     linears: list[LinearReport] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    """What was tried and did not help, so was not done."""
     seconds: float = 0.0
 
     @property
@@ -125,17 +131,22 @@ class LayerQuantizer:
             if rows.numel():
                 row_scales[group.previous] = rows
             report.scales.append(_scale_report(group, choice, tensors, inputs))
+            if self.options.scales and choice.is_identity:
+                report.skipped.append(f"scales of {', '.join(group.linears)}")
         dense = {name: self._as_stored(index, name, tensor) for name, tensor in folded.items()}
         written = {f"{self.architecture.layer_prefix(index)}{name}": tensor for name, tensor in dense.items()}
         for group, inputs, scales in zip(self.architecture.groups, statistics, group_scales, strict=True):
-            for linear, weight in self._round(index, group, folded, inputs.scaled(scales)).items():
+            for linear, (weight, clipped) in self._round(index, group, folded, inputs.scaled(scales)).items():
                 del written[f"{weight.name}.weight"]
                 written |= {f"{weight.name}.{key}": getattr(weight, key) for key in ("qweight", "qzeros", "scales")}
                 dense[f"{linear}.weight"] = weight.dequantize()
                 effective = dense[f"{linear}.weight"] / scales
                 if linear in row_scales:
                     effective *= row_scales[linear][:, None]
-                report.linears.append(self._linear_report(linear, tensors[f"{linear}.weight"], effective, inputs))
+                original = tensors[f"{linear}.weight"]
+                report.linears.append(self._linear_report(linear, original, effective, inputs, clipped))
+                if self._clips(linear) and clipped == 0:
+                    report.skipped.append(f"clip of {linear}")
         return LayerResult(written, report), {name: tensor.float() for name, tensor in dense.items()}
 
     def _choose(
@@ -146,29 +157,41 @@ class LayerQuantizer:
         if not weights or not self.options.scales:
             return identity_choice(channels)
         shared = shared_channels(self.source.config, group)
-        return search_scales(torch.cat(weights), inputs, self._group_size(channels), shared)
+        return search_scales(
+            torch.cat(weights), inputs, self._group_size(channels), shared, EFFORTS[self.options.effort]
+        )
 
     def _round(
         self, index: int, group: ScaleGroup, folded: dict[str, Tensor], inputs: InputStatistics
-    ) -> dict[str, AwqWeight]:
-        """The group's quantized linears, rounded together: they share the second moment of their (scaled) inputs."""
+    ) -> dict[str, tuple[AwqWeight, float]]:
+        """The group's quantized linears and the share of their groups that was clipped.
+
+        They are rounded together: they share the second moment of their (scaled) inputs.
+        """
         names = [name for name in group.linears if self._converts(index, name)]
         if not names:
             return {}
         weights = [folded[f"{name}.weight"] for name in names]
-        clip = [name not in self.architecture.unclipped and self.options.clip for name in names]
-        clipped = torch.cat([torch.full((weight.shape[0],), flag) for weight, flag in zip(weights, clip, strict=True)])
-        size = self._group_size(weights[0].shape[1])
-        rounded = _ROUNDINGS[self.options.rounding](
-            torch.cat(weights), inputs.second_moment, size, parameter_chooser(clipped)
+        clip = torch.cat(
+            [torch.full((weight.shape[0],), self._clips(name)) for name, weight in zip(names, weights, strict=True)]
         )
+        choose = RangeChooser(clip, effort=EFFORTS[self.options.effort])
+        size = self._group_size(weights[0].shape[1])
+        rounded = _ROUNDINGS[self.options.rounding](torch.cat(weights), inputs.second_moment, size, choose)
+        shares = choose.num_clipped.double() / rounded.scales.shape[1]
         packed, start = {}, 0
         for name, weight in zip(names, weights, strict=True):
             rows = slice(start, start + weight.shape[0])
             part = Rounded(rounded.integers[rows], rounded.zeros[rows], rounded.scales[rows])
-            packed[name] = pack(f"{self.architecture.layer_prefix(index)}{name}", part, size)
+            packed[name] = (
+                pack(f"{self.architecture.layer_prefix(index)}{name}", part, size),
+                float(shares[rows].mean()),
+            )
             start = rows.stop
         return packed
+
+    def _clips(self, linear: str) -> bool:
+        return self.options.clip and linear not in self.architecture.unclipped
 
     def _group_size(self, channels: int) -> int:
         return channels if self.options.group_size == -1 else self.options.group_size
@@ -182,13 +205,14 @@ class LayerQuantizer:
             return tensor
         return cast_checked(f"{self.architecture.layer_prefix(index)}{name}", tensor, self.dtype)
 
-    def _linear_report(self, name: str, weight: Tensor, effective: Tensor, inputs: InputStatistics) -> LinearReport:
+    def _linear_report(
+        self, name: str, weight: Tensor, effective: Tensor, inputs: InputStatistics, clipped: float
+    ) -> LinearReport:
         moment = inputs.second_moment
         energy = max(output_error(weight, moment), 1e-30)
         nearest = nearest_values(weight, self._group_size(weight.shape[1]))
-        return LinearReport(
-            name, output_error(nearest - weight, moment) / energy, output_error(effective - weight, moment) / energy
-        )
+        errors = [output_error(values - weight, moment) / energy for values in (nearest, effective)]
+        return LinearReport(name, errors[0], errors[1], clipped)
 
 
 def pack(name: str, rounded: Rounded, group_size: int) -> AwqWeight:

@@ -1,6 +1,6 @@
 import pytest
 
-from quantizer.config import QuantConfig, QuantizeError, QuantizeOptions
+from quantizer.config import EFFORTS, QuantConfig, QuantizeError, QuantizeOptions
 
 
 def test_quant_config_round_trips_and_has_the_standard_fields() -> None:
@@ -45,4 +45,5 @@ def test_bad_options_name_field_and_value(field: str, value: object) -> None:
 def test_rtn_is_nearest_rounding_alone() -> None:
     resolved = QuantizeOptions(method="rtn").resolved()
     assert (resolved.scales, resolved.clip, resolved.rounding) == (False, False, "nearest")
-    assert QuantizeOptions().resolved() == QuantizeOptions()
+    assert QuantizeOptions(samples=24).resolved() == QuantizeOptions(samples=24)
+    assert [QuantizeOptions(effort=name).resolved().samples for name in EFFORTS] == [12, 24]

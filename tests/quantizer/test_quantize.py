@@ -83,6 +83,30 @@ def test_errors_fall_and_the_report_is_true(kind: str, make_checkpoint: Callable
     assert 0 < awq.kl_mean < rtn.kl_mean
 
 
+def test_what_did_not_help_is_skipped_and_named(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """Weights that 16 levels hold exactly: neither a scale nor a clipped range can do better."""
+    from safetensors.torch import save_file
+
+    source = make_checkpoint("llama")
+    tensors = load_file(source / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in tensors.items():
+        if name.endswith("_proj.weight"):
+            levels = torch.randint(-7, 9, tensor.shape, generator=generator)
+            levels[:, ::32], levels[:, 1::32] = -7, 8
+            tensors[name] = levels / 64.0
+    save_file(tensors, source / "model.safetensors")
+    report = _run(source, tmp_path / "exact", rounding="nearest")
+    for layer in report["layers"]:
+        assert "scales of mlp.down_proj" in layer["skipped"] and "clip of mlp.down_proj" in layer["skipped"]
+        assert len(layer["skipped"]) == 4 + 5
+        assert all(linear["clipped"] == 0 for linear in layer["linears"])
+    helped = _run(make_checkpoint("llama", name="other"), tmp_path / "helped")
+    shares = {linear["name"]: linear["clipped"] for linear in helped["layers"][0]["linears"]}
+    assert 0 < shares["mlp.up_proj"] < 1 and shares["self_attn.q_proj"] == 0
+    assert not any(name in layer["skipped"] for layer in helped["layers"] for name in ["clip of mlp.up_proj"])
+
+
 def test_sharded_output_has_an_index_and_the_same_tensors(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     source = make_checkpoint("qwen2", max_shard_size="100KB")
     _run(source, tmp_path / "single")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from quantizer.calibrate import InputStatistics
+from quantizer.config import EFFORTS
 from quantizer.rounding import nearest_values
-from quantizer.search import output_error, output_errors, parameter_chooser, search_scales
+from quantizer.search import RangeChooser, output_error, output_errors, search_scales
 
 
 def _statistics(inputs: torch.Tensor) -> InputStatistics:
@@ -62,8 +63,10 @@ def test_clip_never_raises_a_groups_error_and_leaves_other_rows_alone() -> None:
     weight[::2, 5] = 12.0  # an outlier worth giving up in a quiet channel
     moment = _statistics(inputs).second_moment[:32, :32]
     rows = torch.arange(64) % 2 == 0
-    plain_scale, plain_zero = parameter_chooser(None)(weight[:, :32], moment)
-    scale, zero = parameter_chooser(rows)(weight[:, :32], moment)
+    plain_scale, plain_zero = RangeChooser(None)(weight[:, :32], moment)
+    choose = RangeChooser(rows)
+    scale, zero = choose(weight[:, :32], moment)
+    assert torch.equal(choose.num_clipped > 0, (scale < plain_scale).squeeze(1))
     assert torch.equal(scale[~rows], plain_scale[~rows]) and torch.equal(zero[~rows], plain_zero[~rows])
     assert (scale[rows] <= plain_scale[rows]).all() and (scale[rows] < plain_scale[rows]).any()
 
@@ -72,3 +75,9 @@ def test_clip_never_raises_a_groups_error_and_leaves_other_rows_alone() -> None:
         return output_errors((levels - zero) * scale - weight[:, :32], moment)
 
     assert (errors(scale, zero) <= errors(plain_scale, plain_zero) * (1 + 1e-5)).all()
+
+
+def test_less_effort_looks_at_fewer_candidates_and_is_never_worse_than_nothing() -> None:
+    weight, inputs = _salient()
+    fast, default = (search_scales(weight, _statistics(inputs), 32, effort=EFFORTS[name]) for name in EFFORTS)
+    assert default.error <= fast.error < fast.error_identity
