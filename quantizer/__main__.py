@@ -6,11 +6,8 @@ import argparse
 import logging
 import os
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from quantizer.config import DTYPES, EFFORTS, GROUP_SIZES, METHODS, ROUNDINGS, QuantizeError, QuantizeOptions
 
@@ -21,6 +18,7 @@ Measure what it cost:                   awq-quantize evaluate CHECKPOINT --refer
 SOURCE is a checkpoint folder with safetensors, a .gguf file, or a Hugging Face repository id (owner/name).
 OUT becomes a folder in the standard AWQ "gemm" format, with tokenizer, chat template and generation config carried
 over and quantization_report.json beside the weights. It appears only when it is whole and has been read back.
+Stop it at any moment: the same command goes on at the next layer, and writes what it would have written.
 Llama, Mistral, Qwen2 and Qwen3 models are supported.
 """
 
@@ -45,6 +43,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("source", metavar="SOURCE", help="checkpoint folder, .gguf file or repository id")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is already at OUT")
+    parser.add_argument(
+        "--restart", action="store_true", help="discard what an interrupted run of another command left beside OUT"
+    )
     add_source_arguments(parser)
 
     form = parser.add_argument_group("format")
@@ -140,66 +141,6 @@ def options_from_arguments(arguments: argparse.Namespace) -> QuantizeOptions:
     )
 
 
-def quantize(
-    source_name: str,
-    out: Path,
-    options: QuantizeOptions,
-    *,
-    revision: str | None = None,
-    offline: bool = False,
-    overwrite: bool = False,
-    progress: bool = True,
-) -> dict[str, Any]:
-    """Quantizes SOURCE into OUT and returns the report that was written. QuantizeError for what the user can mend."""
-    import torch
-    from tqdm import tqdm
-
-    from quantizer import export, pipeline, sources
-    from quantizer.calibrate import calibration_tokens
-    from quantizer.mappings import find_architecture
-
-    options = options.resolved()
-    assert options.samples is not None
-    export.check_output(out, overwrite)
-    started = time.monotonic()
-    source = sources.open_source(source_name, revision, offline)
-    architecture = find_architecture(source.config)
-    shapes = sources.check_tensors(source)
-    num_layers = source.config.num_hidden_layers
-    pipeline.check_divisible(architecture, options, shapes, num_layers)
-    dtype = source.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
-    if dtype not in (torch.float16, torch.bfloat16):
-        dtype = torch.float16
-    tokens = calibration_tokens(
-        source.tokenizer(), options.calibration, options.samples, options.sequence_length, options.seed
-    )
-    quantizer = pipeline.LayerQuantizer(source, architecture, options, shapes, dtype)
-    layers = []
-    with export.CheckpointWriter(out, options.max_shard_bytes, overwrite) as writer:
-        with tqdm(total=num_layers, desc="quantizing", unit="layer", disable=not progress) as bar:
-            for result in quantizer.layers(tokens):
-                for name, tensor in result.tensors.items():
-                    writer.add(name, tensor)
-                layers.append(result.report)
-                bar.set_postfix_str(f"error {result.report.error:.2e} (nearest {result.report.error_nearest:.2e})")
-                bar.update()
-        for name, shape in shapes.items():
-            if not name.startswith(f"{architecture.layers}."):
-                writer.add(name, pipeline.cast_checked(name, sources.load_checked(source, name, shape), dtype))
-        report = {
-            "source": source.description,
-            "architecture": architecture.name,
-            "options": options.to_dict(),
-            "calibration_tokens": tokens.numel(),
-            "versions": pipeline.versions(),
-            "seconds": round(time.monotonic() - started, 1),
-            "bytes": writer.total_bytes,
-            "layers": [asdict(layer) for layer in layers],
-        }
-        writer.finish(source, options.quant_config, dtype, report)
-    return report
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     # Messages of libraries about optional features would break the progress bar.
@@ -214,6 +155,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             from quantizer.evaluate import main as evaluate_main
 
             return evaluate_main(arguments[1:])
+        from quantizer.run import quantize
+
         parsed = build_parser().parse_args(arguments)
         report = quantize(
             parsed.source,
@@ -222,7 +165,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             revision=parsed.revision,
             offline=parsed.offline,
             overwrite=parsed.overwrite,
+            restart=parsed.restart,
         )
+    except KeyboardInterrupt:
+        print("awq-quantize: interrupted; the same command goes on at the next layer", file=sys.stderr)
+        return 130
     except QuantizeError as error:
         print(f"awq-quantize: error: {error}", file=sys.stderr)
         return 1

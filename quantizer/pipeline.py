@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -67,10 +66,12 @@ class LayerReport:
 
 @dataclass(frozen=True, slots=True)
 class LayerResult:
-    """A finished layer: tensors to write, under their full names, and its report."""
+    """A finished layer: tensors to write, under their full names, its report, and the hidden states it gives to the next
+    (None after the last)."""
 
     tensors: dict[str, Tensor]
     report: LayerReport
+    hidden: Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -90,22 +91,27 @@ class LayerQuantizer:
     def quant_config(self) -> QuantConfig:
         return self.options.quant_config
 
-    def layers(self, tokens: Tensor) -> Iterator[LayerResult]:
-        """tokens: int64 [sequences, length]. Yields a result per layer as it is done."""
-        runner = LayerRunner(self.source.config, self.architecture)
+    def embed(self, tokens: Tensor) -> Tensor:
+        """tokens: int64 [sequences, length]. What enters the first layer, fp32 [sequences, length, hidden size]."""
         embedding = f"{self.architecture.embedding}.weight"
-        hidden = load_checked(self.source, embedding, self.shapes[embedding])[tokens].float()
-        for index in range(self.source.config.num_hidden_layers):
+        return load_checked(self.source, embedding, self.shapes[embedding])[tokens].float()
+
+    def layers(self, hidden: Tensor, first: int = 0) -> Iterator[LayerResult]:
+        """hidden: what enters layer `first`. Yields a result per layer as it is done."""
+        runner = LayerRunner(self.source.config, self.architecture)
+        num_layers = self.source.config.num_hidden_layers
+        for index in range(first, num_layers):
             started = time.monotonic()
             tensors = self._load_layer(index)
             statistics = runner.capture(runner.build(index, tensors), index, hidden)
             result, dense = self.quantize_layer(index, tensors, statistics)
-            if index + 1 < self.source.config.num_hidden_layers:
+            is_last = index + 1 == num_layers
+            if not is_last:
                 hidden = runner.run(runner.build(index, dense), index, hidden)
             if not torch.isfinite(hidden).all():
                 raise QuantizeError(f"layer {index}: its output is not finite; the source's weights overflow in fp32")
             result.report.seconds = time.monotonic() - started
-            yield result
+            yield replace(result, hidden=None if is_last else hidden)
 
     def _load_layer(self, index: int) -> dict[str, Tensor]:
         prefix = self.architecture.layer_prefix(index)
@@ -272,10 +278,3 @@ def _scale_report(
         choice.error_identity * relative,
         choice.error * relative,
     )
-
-
-def versions() -> dict[str, Any]:
-    """What the written integers depend on besides the options: library versions and the thread count."""
-    import transformers
-
-    return {"torch": torch.__version__, "transformers": transformers.__version__, "threads": torch.get_num_threads()}

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer
 
 from kernels.format import AwqWeight
-from quantizer import pipeline
-from quantizer.__main__ import main, quantize
+from quantizer.__main__ import main
 from quantizer.config import QuantizeError, QuantizeOptions
 from quantizer.evaluate import evaluate, evaluation_rows, load_checkpoint
+from quantizer.run import quantize
 from quantizer.sources import SafetensorsSource
 from tests.tiny_models import TINY_MODELS, load_reference
 
@@ -180,38 +180,17 @@ def test_output_is_never_overwritten_by_accident(make_checkpoint: Callable[..., 
     assert not (out / "notes.txt").exists() and (out / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_a_failure_leaves_nothing_new(
-    make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
-) -> None:
-    source, out = make_checkpoint("llama"), tmp_path / "out"
-    if overwrite:
-        _run(source, out)
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    original = pipeline.LayerQuantizer.quantize_layer
-
-    def failing(self: pipeline.LayerQuantizer, index: int, *arguments: Any) -> Any:
-        if index == 2:
-            raise KeyboardInterrupt
-        return original(self, index, *arguments)
-
-    monkeypatch.setattr(pipeline.LayerQuantizer, "quantize_layer", failing)
-    with pytest.raises(KeyboardInterrupt):
-        quantize(str(source), out, OPTIONS, overwrite=overwrite, progress=False)
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-
-
 def test_what_was_written_is_read_back(
     make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from quantizer import export
 
-    def flipped(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
-        name = "model.layers.1.mlp.up_proj.qweight"
-        save({**tensors, name: tensors[name] ^ 1}, path, metadata)
+    def flipped(path: Path, name: str) -> torch.Tensor:
+        tensor = load(path, name)
+        return tensor ^ 1 if name == "model.layers.1.mlp.up_proj.qweight" else tensor
 
-    save = export.save_file
-    monkeypatch.setattr(export, "save_file", flipped)
+    load = export.load_tensor
+    monkeypatch.setattr(export, "load_tensor", flipped)
     with pytest.raises(QuantizeError, match=r"layers\.1\.mlp\.up_proj\.qweight is not what was written"):
         _run(make_checkpoint("llama"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
