@@ -46,6 +46,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--restart", action="store_true", help="discard what an interrupted run of another command left beside OUT"
     )
+    parser.add_argument(
+        "--no-memory-check", action="store_true", help="start even if memory or disk will not do by the estimate"
+    )
     add_source_arguments(parser)
 
     form = parser.add_argument_group("format")
@@ -166,6 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             offline=parsed.offline,
             overwrite=parsed.overwrite,
             restart=parsed.restart,
+            memory_check=not parsed.no_memory_check,
         )
     except KeyboardInterrupt:
         print("awq-quantize: interrupted; the same command goes on at the next layer", file=sys.stderr)

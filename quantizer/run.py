@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import resource
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import kernels.format
-from quantizer import export, sources
+from quantizer import estimate, export, sources
 from quantizer.calibrate import calibration_tokens
 from quantizer.config import QuantizeOptions
 from quantizer.files import files_digest, num_bytes, read_entries, tensor_digest
@@ -39,6 +40,17 @@ class Job:
     @property
     def num_layers(self) -> int:
         return int(self.source.config.num_hidden_layers)
+
+    def estimate(self) -> estimate.Estimate:
+        """Of the whole run, by a matmul timed here."""
+        return estimate.estimate(
+            self.architecture,
+            self.options,
+            self.shapes,
+            self.num_layers,
+            self.tokens.shape[0],
+            estimate.measured_rate(),
+        )
 
     def fingerprint(self) -> dict[str, Any]:
         """All that the written bytes depend on."""
@@ -76,6 +88,7 @@ def quantize(
     offline: bool = False,
     overwrite: bool = False,
     restart: bool = False,
+    memory_check: bool = True,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Quantizes SOURCE into OUT and returns the report that was written. QuantizeError for what the user can mend.
@@ -86,6 +99,11 @@ def quantize(
     if not work_folder_path(out).exists():
         export.check_output(out, overwrite)
     job = prepare(sources.open_source(source_name, revision, offline), options)
+    needed = job.estimate()
+    if memory_check:
+        estimate.check_fits(needed, estimate.available_memory(), estimate.free_disk_bytes(out), out.absolute().parent)
+    if progress:
+        print(f"will take {estimate.describe(needed)}", file=sys.stderr)
     fingerprint = job.fingerprint()
     with WorkFolder(out, fingerprint, restart) as work:
         if export.is_published(work, out):
@@ -103,6 +121,7 @@ def quantize(
             "architecture": job.architecture.name,
             "calibration_tokens": job.tokens.numel(),
             "seconds": round(time.monotonic() - started + seconds_before, 1),
+            "estimate": {"seconds": round(needed.seconds, 1), "memory_bytes": needed.memory_bytes},
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "bytes": sum(num_bytes(*entry) for path in work.parts() for entry in read_entries(path).values()),
             "layers": work.reports(),
