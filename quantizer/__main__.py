@@ -9,15 +9,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from quantizer.config import DTYPES, EFFORTS, GROUP_SIZES, METHODS, ROUNDINGS, QuantizeError, QuantizeOptions
+from quantizer.config import DTYPES, EFFORTS, FORMATS, GROUP_SIZES, METHODS, ROUNDINGS, QuantizeError, QuantizeOptions
 
 _DESCRIPTION = """\
 Quantize a language model to 4-bit AWQ: awq-quantize SOURCE OUT
 Measure what it cost:                   awq-quantize evaluate CHECKPOINT --reference SOURCE
 
 SOURCE is a checkpoint folder with safetensors, a .gguf file, or a Hugging Face repository id (owner/name).
-OUT becomes a folder in the standard AWQ "gemm" format, with tokenizer, chat template and generation config carried
-over and quantization_report.json beside the weights. It appears only when it is whole and has been read back.
+OUT becomes a folder in the standard AWQ "gemm" format (or compressed-tensors), with tokenizer, chat template and
+generation config carried over and quantization_report.json beside the weights. It appears only when it is whole and has been read back.
 Stop it at any moment: the same command goes on at the next layer, and writes what it would have written.
 Llama, Mistral, Qwen2 and Qwen3 models are supported.
 """
@@ -58,6 +58,12 @@ def build_parser() -> argparse.ArgumentParser:
         default=defaults.group_size,
         choices=GROUP_SIZES,
         help="inputs that share a scale; -1 is a whole row. Smaller is better, but larger (default: %(default)s)",
+    )
+    form.add_argument(
+        "--format",
+        default=defaults.format,
+        choices=FORMATS,
+        help="awq is the gemm layout; compressed-tensors is its pack-quantized one, of the same integers (default: %(default)s)",
     )
     form.add_argument(
         "--dtype",
@@ -129,6 +135,7 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
 def options_from_arguments(arguments: argparse.Namespace) -> QuantizeOptions:
     return QuantizeOptions(
         group_size=arguments.group_size,
+        format=arguments.format,
         method=arguments.method,
         effort=arguments.effort,
         scales=not arguments.no_scales,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -10,6 +10,7 @@ GROUP_SIZES = (32, 64, 128, -1)
 """Inputs that share one scale and zero point; -1 is the whole row."""
 
 METHODS = ("awq", "rtn")
+FORMATS = ("awq", "compressed-tensors")
 ROUNDINGS = ("nearest", "feedback")
 DTYPES = ("auto", "float16", "bfloat16")
 
@@ -74,6 +75,39 @@ class QuantConfig:
             )
         return cls(group_size, tuple(data.get("modules_to_not_convert") or ()))
 
+    def to_compressed_tensors(self, ignored: Sequence[str]) -> dict[str, Any]:
+        """The same as compressed-tensors says it. ignored: full names of the linears that stay dense."""
+        whole_rows = self.group_size == -1
+        weights = {
+            "num_bits": self.bits,
+            "type": "int",
+            "symmetric": False,
+            "strategy": "channel" if whole_rows else "group",
+            "group_size": None if whole_rows else self.group_size,
+            "dynamic": False,
+        }
+        group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+        return {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": group},
+            "ignore": list(ignored),
+            "kv_cache_scheme": None,
+        }
+
+    @classmethod
+    def from_compressed_tensors(cls, data: Mapping[str, Any]) -> QuantConfig:
+        """Parses what `to_compressed_tensors` gives; QuantizeError names the field that is of another kind."""
+        groups = list((data.get("config_groups") or {}).values())
+        weights = (groups[0].get("weights") or {}) if len(groups) == 1 else {}
+        found = {"format": data.get("format"), **{key: weights.get(key) for key in ("num_bits", "type")}}
+        expected = {"format": "pack-quantized", "num_bits": 4, "type": "int"}
+        for field, value in expected.items():
+            if found[field] != value:
+                raise QuantizeError(f"quantization_config.{field}: expected {value!r}, found {found[field]!r}")
+        return cls(weights.get("group_size") or -1, tuple(data.get("ignore") or ()))
+
     def converts(self, module: str) -> bool:
         """Whether the linear of this full name is quantized. Names match by substring, as in every AWQ loader."""
         return not any(skipped in module for skipped in self.modules_to_not_convert)
@@ -84,6 +118,7 @@ class QuantizeOptions:
     """Everything that decides the written integers, apart from the source. Defaults are the command's."""
 
     group_size: int = 128
+    format: str = "awq"
     method: str = "awq"
     effort: str = "default"
     scales: bool = True
@@ -100,6 +135,7 @@ class QuantizeOptions:
 
     def __post_init__(self) -> None:
         _one_of("group_size", self.group_size, GROUP_SIZES)
+        _one_of("format", self.format, FORMATS)
         _one_of("method", self.method, METHODS)
         _one_of("effort", self.effort, tuple(EFFORTS))
         _one_of("rounding", self.rounding, ROUNDINGS)

@@ -16,7 +16,7 @@ from quantizer.calibrate import BATCH_TOKENS
 from quantizer.config import EFFORTS, QuantizeError, QuantizeOptions
 from quantizer.mappings import Architecture
 
-PROCESS_BYTES = 700_000_000
+PROCESS_BYTES = 850_000_000
 """Python, torch and transformers, before any tensor."""
 EFFICIENCY = 0.5
 """What the work reaches of the rate of one large matmul, as measured on a model of 135 million parameters."""

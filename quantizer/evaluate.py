@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from kernels.format import AWQ_TENSORS, AwqWeight
 from quantizer.calibrate import builtin_documents, pack_tokens, read_documents
 from quantizer.config import QuantConfig, QuantizeError
+from quantizer.layouts import parse_quantization, quantized_modules, read_packed
 from quantizer.sources import SafetensorsSource, Source, expected_shapes, open_source
 
 BATCH_TOKENS = 1024
@@ -34,19 +34,20 @@ class Evaluation:
 
 
 class DequantizedSource:
-    """An AWQ checkpoint seen as a dense one: its quantized linears come as the fp32 weights a server computes with."""
+    """A quantized checkpoint seen as a dense one: its quantized linears come as the fp32 weights a server computes with."""
 
-    def __init__(self, source: SafetensorsSource, quant_config: QuantConfig) -> None:
+    def __init__(self, source: SafetensorsSource, layout: str, quant_config: QuantConfig) -> None:
         self._source = source
-        self._group_size = quant_config.group_size
+        self._layout, self._group_size = layout, quant_config.group_size
+        self._modules = quantized_modules(source.names(), layout)
         self.config = source.config
 
     def load(self, name: str) -> Tensor:
         module = name.removesuffix(".weight")
-        if f"{module}.qweight" not in self._source.names():
+        if module not in self._modules:
             return self._source.load(name)
-        tensors = {kind: self._source.load(f"{module}.{kind}") for kind in AWQ_TENSORS}
-        return AwqWeight.from_tensors(module, tensors, self._group_size).dequantize()
+        kinds = self._modules[module]
+        return read_packed(module, kinds, self._source.load, self._layout, self._group_size).dequantize()
 
 
 def load_model(source: Source | DequantizedSource, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -65,12 +66,12 @@ def load_model(source: Source | DequantizedSource, dtype: torch.dtype = torch.fl
 
 
 def load_checkpoint(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A checkpoint of the AWQ gemm format (or a dense one) in transformers, its weights dequantized."""
+    """A checkpoint of a format written here (or a dense one) in transformers, its weights dequantized."""
     source = SafetensorsSource(folder)
     quantization = source.config_json.get("quantization_config")
     if quantization is None:
         return load_model(source, dtype)
-    return load_model(DequantizedSource(source, QuantConfig.from_dict(quantization)), dtype)
+    return load_model(DequantizedSource(source, *parse_quantization(quantization)), dtype)
 
 
 @torch.no_grad()

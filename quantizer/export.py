@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from torch import Tensor
 from transformers import AutoConfig
 
-from kernels.format import AWQ_TENSORS, AwqWeight
-from quantizer.config import QuantConfig, QuantizeError
+from quantizer.config import QuantizeError
 from quantizer.files import num_bytes, read_entries, sync_folder, tensor_digest, write_json, write_safetensors
+from quantizer.layouts import parse_quantization, quantized_modules, read_packed
 from quantizer.sources import Source
 from quantizer.work_folder import DONE_FILE, WorkFolder, load_tensor
 
@@ -115,27 +113,18 @@ def checkpoint_config(source: Source, quantization: dict[str, Any], dtype: torch
 
 
 def verify(folder: Path, digests: Mapping[str, str]) -> None:
-    """Reads a written checkpoint back: every tensor's bytes, every AWQ triple's format, and that the config loads."""
+    """Reads a written checkpoint back: every tensor's bytes, every quantized linear's format, and that the config loads."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    quant_config = QuantConfig.from_dict(json.loads((folder / "config.json").read_text())["quantization_config"])
-    tensors: dict[str, dict[str, Tensor]] = {}
-    found = set()
+    layout, quant_config = parse_quantization(json.loads((folder / "config.json").read_text())["quantization_config"])
+    files: dict[str, Path] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as handle:
-            for name in list(handle.keys()):
-                tensor = handle.get_tensor(name)
-                if tensor_digest(tensor) != digests.get(name):
-                    raise QuantizeError(f"{path}: tensor {name} is not what was written")
-                found.add(name)
-                module, _, kind = name.rpartition(".")
-                if kind in AWQ_TENSORS:
-                    triple = tensors.setdefault(module, {})
-                    triple[kind] = tensor
-                    if len(triple) == len(AWQ_TENSORS):
-                        AwqWeight.from_tensors(module, tensors.pop(module), quant_config.group_size)
-    if found != digests.keys():
-        raise QuantizeError(f"{folder}: tensor {min(digests.keys() ^ found)} was lost in writing")
-    if tensors:
-        raise QuantizeError(f"{folder}: {min(tensors)} lacks one of {', '.join(AWQ_TENSORS)}")
-    if not any(f"{config.num_hidden_layers - 1}." in name for name in found):
+        for name in read_entries(path):
+            if tensor_digest(load_tensor(path, name)) != digests.get(name):
+                raise QuantizeError(f"{path}: tensor {name} is not what was written")
+            files[name] = path
+    if files.keys() != digests.keys():
+        raise QuantizeError(f"{folder}: tensor {min(digests.keys() ^ files.keys())} was lost in writing")
+    for module, kinds in quantized_modules(files, layout).items():
+        read_packed(module, kinds, lambda name: load_tensor(files[name], name), layout, quant_config.group_size)
+    if not any(f"{config.num_hidden_layers - 1}." in name for name in files):
         raise QuantizeError(f"{folder}: the last of {config.num_hidden_layers} layers is not there")

@@ -13,6 +13,7 @@ from kernels.format import AwqWeight, pack_int4
 from quantizer.calibrate import InputStatistics, LayerRunner
 from quantizer.config import EFFORTS, QuantConfig, QuantizeError, QuantizeOptions
 from quantizer.folding import fold, shared_channels
+from quantizer.layouts import packed_tensors
 from quantizer.mappings import Architecture, ScaleGroup
 from quantizer.rounding import Rounded, nearest_values, round_feedback, round_nearest
 from quantizer.search import RangeChooser, ScaleChoice, identity_choice, output_error, search_scales
@@ -144,7 +145,7 @@ class LayerQuantizer:
         for group, inputs, scales in zip(self.architecture.groups, statistics, group_scales, strict=True):
             for linear, (weight, clipped) in self._round(index, group, folded, inputs.scaled(scales)).items():
                 del written[f"{weight.name}.weight"]
-                written |= {f"{weight.name}.{key}": getattr(weight, key) for key in ("qweight", "qzeros", "scales")}
+                written |= packed_tensors(weight, self.options.format)
                 dense[f"{linear}.weight"] = weight.dequantize()
                 effective = dense[f"{linear}.weight"] / scales
                 if linear in row_scales:

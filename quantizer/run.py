@@ -16,10 +16,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 import kernels.format
+import kernels.packed_formats
 from quantizer import estimate, export, sources
 from quantizer.calibrate import calibration_tokens
 from quantizer.config import QuantizeOptions
 from quantizer.files import files_digest, num_bytes, read_entries, tensor_digest
+from quantizer.layouts import quantization_json
 from quantizer.mappings import Architecture, find_architecture
 from quantizer.pipeline import LayerQuantizer, cast_checked, check_divisible
 from quantizer.sources import Source
@@ -40,6 +42,11 @@ class Job:
     @property
     def num_layers(self) -> int:
         return int(self.source.config.num_hidden_layers)
+
+    def linears(self) -> list[str]:
+        """Full names of the decoder layers' linears."""
+        prefixes = map(self.architecture.layer_prefix, range(self.num_layers))
+        return [f"{prefix}{name}" for prefix in prefixes for name in self.architecture.linears]
 
     def estimate(self) -> estimate.Estimate:
         """Of the whole run, by a matmul timed here."""
@@ -126,7 +133,7 @@ def quantize(
             "bytes": sum(num_bytes(*entry) for path in work.parts() for entry in read_entries(path).values()),
             "layers": work.reports(),
         }
-        config = export.checkpoint_config(job.source, job.options.quant_config.to_dict(), job.dtype)
+        config = export.checkpoint_config(job.source, quantization_json(job.options, job.linears()), job.dtype)
         folder = export.assemble(work, job.source, config, report, job.options.max_shard_bytes)
         export.publish(work, folder, out, overwrite)
     return report
@@ -151,7 +158,10 @@ def versions() -> dict[str, Any]:
     this package's own code."""
     import transformers
 
-    code = [*sorted(Path(__file__).parent.glob("*.py")), Path(str(kernels.format.__file__))]
+    code = [
+        *sorted(Path(__file__).parent.glob("*.py")),
+        *map(Path, (kernels.format.__file__, kernels.packed_formats.__file__)),
+    ]
     return {
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from kernels.format import AwqWeight
 from quantizer.__main__ import main
-from quantizer.config import QuantizeError, QuantizeOptions
+from quantizer.config import FORMATS, QuantizeError, QuantizeOptions
 from quantizer.evaluate import evaluate, evaluation_rows, load_checkpoint
 from quantizer.run import quantize
 from quantizer.sources import SafetensorsSource
@@ -134,6 +134,23 @@ def test_the_same_command_writes_the_same_bytes(make_checkpoint: Callable[..., P
 
 
 @pytest.mark.parametrize("group_size", [-1, 32])
+def test_compressed_tensors_hold_the_same_model(
+    group_size: int, make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = make_checkpoint("qwen2", initializer_range=0.08)
+    skipped = ("k_proj", "layers.1.mlp")
+    for layout in FORMATS:
+        _run(source, tmp_path / layout, format=layout, group_size=group_size, modules_to_not_convert=skipped)
+    awq, other = (load_checkpoint(tmp_path / layout).state_dict() for layout in FORMATS)
+    assert awq.keys() == other.keys() and all(torch.equal(awq[name], other[name]) for name in awq)
+    quantization = json.loads((tmp_path / "compressed-tensors" / "config.json").read_text())["quantization_config"]
+    names = _tensors(tmp_path / "compressed-tensors").keys()
+    dense = {name.removesuffix(".weight") for name in names if name.endswith("_proj.weight")}
+    assert set(quantization["ignore"]) == {"lm_head", *dense} and len(dense) == 3 + 3
+    assert not any("qweight" in name for name in names)
+
+
+@pytest.mark.parametrize("group_size", [-1, 32])
 def test_modules_left_out_stay_dense_and_the_model_still_computes(
     group_size: int, make_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -187,7 +204,8 @@ def test_what_was_written_is_read_back(
 
     def flipped(path: Path, name: str) -> torch.Tensor:
         tensor = load(path, name)
-        return tensor ^ 1 if name == "model.layers.1.mlp.up_proj.qweight" else tensor
+        wrong = path.parent.name != "checkpoint" and name == "model.layers.1.mlp.up_proj.qweight"
+        return tensor ^ 1 if wrong else tensor
 
     load = export.load_tensor
     monkeypatch.setattr(export, "load_tensor", flipped)
