@@ -17,7 +17,8 @@ Measure what it cost:                   awq-quantize evaluate CHECKPOINT --refer
 
 SOURCE is a checkpoint folder with safetensors, a .gguf file, or a Hugging Face repository id (owner/name).
 OUT becomes a folder in the standard AWQ "gemm" format (or compressed-tensors), with tokenizer, chat template and
-generation config carried over and quantization_report.json beside the weights. It appears only when it is whole and has been read back.
+generation config carried over and quantization_report.json beside the weights. It appears only when it is whole and
+has been read back.
 Stop it at any moment: the same command goes on at the next layer, and writes what it would have written.
 Llama, Mistral, Qwen2 and Qwen3 models are supported.
 """
@@ -114,8 +115,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--calibration",
         default=defaults.calibration,
         metavar="TEXT",
-        help="'builtin' (English text of Python and of this package), a text file, or a .jsonl file with a string or an object "
-        "with 'text' per line (default: %(default)s)",
+        help="'builtin' (English text of Python and of this package), a text file, a .jsonl file, or a folder of them. A line of "
+        "a .jsonl file is a string, an object with 'text', or a chat under 'messages', which gets the model's chat template "
+        "(default: %(default)s)",
     )
     samples = ", ".join(f"{effort.samples} for {name}" for name, effort in EFFORTS.items())
     calibration.add_argument("--samples", type=int, help=f"sequences (default: by effort, {samples})")

@@ -129,8 +129,9 @@ def bits_per_weight(folder: Path) -> float:
 
 def evaluation_rows(tokenizer_source: SafetensorsSource, text: str, length: int, max_tokens: int) -> Tensor:
     """Token rows of a text: `builtin` is the held-out part of the builtin text, which no calibration sees."""
-    documents = builtin_documents(held_out=True) if text == "builtin" else read_documents(text)
-    rows = pack_tokens(tokenizer_source.tokenizer(), documents, length)
+    tokenizer = tokenizer_source.tokenizer()
+    documents = builtin_documents(held_out=True) if text == "builtin" else read_documents(text, tokenizer)
+    rows = pack_tokens(tokenizer, documents, length)
     return rows[: max(1, max_tokens // length)] if max_tokens else rows
 
 
