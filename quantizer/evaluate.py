@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from quantizer.calibrate import builtin_documents, pack_tokens, read_documents
 from quantizer.config import QuantConfig, QuantizeError
+from quantizer.export import REPORT_FILE, write_report
 from quantizer.layouts import parse_quantization, quantized_modules, read_packed
 from quantizer.sources import SafetensorsSource, Source, expected_shapes, open_source
 
@@ -154,6 +156,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-tokens", type=int, default=32768, help="score at most these; 0 is all (default: %(default)s)"
     )
+    parser.add_argument(
+        "--report", action="store_true", help="put the result into CHECKPOINT's quantization_report too"
+    )
     hub = parser.add_argument_group("Hugging Face hub, for --reference")
     hub.add_argument("--revision", metavar="REV", help="branch, tag or commit")
     hub.add_argument("--offline", action="store_true", help="use only the local hub cache")
@@ -173,8 +178,19 @@ def main(argv: Sequence[str]) -> int:
     if arguments.reference:
         reference = load_model(open_source(arguments.reference, arguments.revision, arguments.offline))
     evaluation = evaluate(load_checkpoint(arguments.checkpoint), rows, reference)
-    print_evaluation(evaluation, bits_per_weight(arguments.checkpoint))
+    bits = bits_per_weight(arguments.checkpoint)
+    if arguments.report:
+        add_to_report(arguments.checkpoint, {"text": arguments.text, **asdict(evaluation), "bits_per_weight": bits})
+    print_evaluation(evaluation, bits)
     return 0
+
+
+def add_to_report(folder: Path, evaluation: dict[str, Any]) -> None:
+    """Puts an evaluation into the report that lies beside the weights."""
+    path = folder / REPORT_FILE
+    if not path.is_file():
+        raise QuantizeError(f"{path}: no such file; --report is for checkpoints that awq-quantize wrote")
+    write_report(folder, {**json.loads(path.read_text()), "evaluation": evaluation})
 
 
 def print_evaluation(evaluation: Evaluation, bits: float) -> None:

@@ -12,13 +12,23 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
+from quantizer import html_report
 from quantizer.config import QuantizeError
-from quantizer.files import num_bytes, read_entries, sync_folder, tensor_digest, write_json, write_safetensors
+from quantizer.files import (
+    num_bytes,
+    read_entries,
+    sync_folder,
+    tensor_digest,
+    write_atomically,
+    write_json,
+    write_safetensors,
+)
 from quantizer.layouts import parse_quantization, quantized_modules, read_packed
 from quantizer.sources import Source
 from quantizer.work_folder import DONE_FILE, WorkFolder, load_tensor
 
 REPORT_FILE = "quantization_report.json"
+HTML_FILE = "quantization_report.html"
 INDEX_FILE = "model.safetensors.index.json"
 
 
@@ -35,13 +45,20 @@ def assemble(
     folder.mkdir()
     index = _write_shards(work, folder, max_shard_bytes)
     write_json(folder / "config.json", config)
-    write_json(folder / REPORT_FILE, report, indent=1)
+    write_report(folder, report)
     source.write_side_files(folder)
     verify(folder, work.digests())
     if index is not None:
         write_json(folder / INDEX_FILE, index)
     write_json(done, {"bytes": report["bytes"]})
     return folder
+
+
+def write_report(folder: Path, report: dict[str, Any]) -> None:
+    """The report as JSON and as a page."""
+    write_json(folder / REPORT_FILE, report, indent=1)
+    page = html_report.render(json.loads(json.dumps(report)))
+    write_atomically(folder / HTML_FILE, lambda file: file.write(page.encode()))
 
 
 def _write_shards(work: WorkFolder, folder: Path, max_shard_bytes: int) -> dict[str, Any] | None:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import kernels.format
 import kernels.packed_formats
-from quantizer import estimate, export, sources
+from quantizer import estimate, export, html_report, sources
 from quantizer.calibrate import calibration_tokens
 from quantizer.config import QuantizeOptions
 from quantizer.files import files_digest, num_bytes, read_entries, tensor_digest
@@ -124,6 +124,7 @@ def quantize(
                 work.add_tensor(name, cast_checked(name, sources.load_checked(job.source, name, shape), job.dtype))
         _quantize_layers(job, work, progress)
         report = {
+            "command": html_report.command(job.source.description, job.options),
             **fingerprint,
             "architecture": job.architecture.name,
             "calibration_tokens": job.tokens.numel(),
