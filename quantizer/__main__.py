@@ -99,7 +99,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--effort",
         default=defaults.effort,
         choices=tuple(EFFORTS),
-        help="fast searches more coarsely and on half of the text (default: %(default)s)",
+        help="fast searches more coarsely and on half of the text; high more finely and on more text, and refines integers and "
+        "scales after rounding (default: %(default)s)",
     )
     method.add_argument("--no-scales", action="store_true", help="skip the search for per-channel scales")
     method.add_argument("--no-clip", action="store_true", help="skip the search for clipped ranges")

@@ -27,11 +27,14 @@ class Effort:
     """Exponents of a coarse pass over (0, 1]; a finer one goes around its best."""
     shrink_steps: int
     """Candidates for a clipped range, evenly spread from half of the full one."""
+    sweeps: int = 0
+    """Passes of coordinate descent over the rounded integers and scales (with rounding `feedback`)."""
 
 
 EFFORTS = {
     "fast": Effort(samples=12, search_rows=256, exponent_steps=4, shrink_steps=5),
     "default": Effort(samples=24, search_rows=512, exponent_steps=8, shrink_steps=10),
+    "high": Effort(samples=64, search_rows=1024, exponent_steps=16, shrink_steps=20, sweeps=8),
 }
 
 

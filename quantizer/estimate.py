@@ -83,7 +83,7 @@ def _layer_operations(options: QuantizeOptions, groups: list[tuple[int, int]], l
         if options.scales:
             total += 2 * (2 * effort.exponent_steps + 5) * min(rows, effort.search_rows) * columns**2
         if options.rounding == "feedback":
-            total += rows * columns**2 + 4 * columns**3
+            total += (1 + 4 * effort.sweeps) * rows * columns**2 + 4 * columns**3
     return float(total)
 
 

@@ -15,6 +15,7 @@ from quantizer.config import EFFORTS, QuantConfig, QuantizeError, QuantizeOption
 from quantizer.folding import fold, shared_channels
 from quantizer.layouts import packed_tensors
 from quantizer.mappings import Architecture, ScaleGroup
+from quantizer.refinement import refine
 from quantizer.rounding import Rounded, nearest_values, round_feedback, round_nearest
 from quantizer.search import RangeChooser, ScaleChoice, identity_choice, output_error, search_scales
 from quantizer.sources import Source, load_checked
@@ -185,6 +186,8 @@ class LayerQuantizer:
         choose = RangeChooser(clip, effort=EFFORTS[self.options.effort])
         size = self._group_size(weights[0].shape[1])
         rounded = _ROUNDINGS[self.options.rounding](torch.cat(weights), inputs.second_moment, size, choose)
+        if self.options.rounding == "feedback" and (sweeps := EFFORTS[self.options.effort].sweeps):
+            rounded = refine(torch.cat(weights), inputs.second_moment, rounded, sweeps)
         shares = choose.num_clipped.double() / rounded.scales.shape[1]
         packed, start = {}, 0
         for name, weight in zip(names, weights, strict=True):

@@ -110,6 +110,13 @@ def round_feedback(weight: Tensor, second_moment: Tensor, group_size: int, choos
     return _rounded(integers.t().contiguous(), scales, zeros)
 
 
+def damped(second_moment: Tensor) -> Tensor:
+    """The second moment with DAMPING of its mean diagonal added: what a few tokens do not show is not taken for nothing."""
+    moment = second_moment.clone()
+    moment.diagonal().add_(DAMPING * second_moment.diagonal().mean().clamp(min=1e-12))
+    return moment
+
+
 def _inverse_factor(second_moment: Tensor) -> Tensor:
     """Upper Cholesky factor U (U^T U) of the damped second moment's inverse; damped more if rounding made it indefinite.
 

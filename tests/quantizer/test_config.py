@@ -46,4 +46,4 @@ def test_rtn_is_nearest_rounding_alone() -> None:
     resolved = QuantizeOptions(method="rtn").resolved()
     assert (resolved.scales, resolved.clip, resolved.rounding) == (False, False, "nearest")
     assert QuantizeOptions(samples=24).resolved() == QuantizeOptions(samples=24)
-    assert [QuantizeOptions(effort=name).resolved().samples for name in EFFORTS] == [12, 24]
+    assert [QuantizeOptions(effort=name).resolved().samples for name in EFFORTS] == [12, 24, 64]

@@ -79,5 +79,5 @@ def test_clip_never_raises_a_groups_error_and_leaves_other_rows_alone() -> None:
 
 def test_less_effort_looks_at_fewer_candidates_and_is_never_worse_than_nothing() -> None:
     weight, inputs = _salient()
-    fast, default = (search_scales(weight, _statistics(inputs), 32, effort=EFFORTS[name]) for name in EFFORTS)
-    assert default.error <= fast.error < fast.error_identity
+    fast, default, high = (search_scales(weight, _statistics(inputs), 32, effort=EFFORTS[name]) for name in EFFORTS)
+    assert high.error <= default.error <= fast.error < fast.error_identity
