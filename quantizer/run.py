@@ -19,7 +19,7 @@ import kernels.format
 import kernels.packed_formats
 from quantizer import estimate, export, html_report, sources
 from quantizer.calibrate import calibration_tokens
-from quantizer.config import QuantizeOptions
+from quantizer.config import QuantizeError, QuantizeOptions
 from quantizer.files import files_digest, num_bytes, read_entries, tensor_digest
 from quantizer.layouts import quantization_json
 from quantizer.mappings import Architecture, find_architecture
@@ -83,6 +83,11 @@ def prepare(source: Source, options: QuantizeOptions) -> Job:
     tokens = calibration_tokens(
         source.tokenizer(), options.calibration, options.samples, options.sequence_length, options.seed
     )
+    vocabulary, largest = shapes[f"{architecture.embedding}.weight"][0], int(tokens.max())
+    if largest >= vocabulary:
+        raise QuantizeError(
+            f"{source.description}: the tokenizer gives token {largest}, but the model has {vocabulary}; is it another model's?"
+        )
     return Job(source, architecture, options, shapes, dtype, tokens)
 
 

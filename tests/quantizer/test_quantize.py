@@ -224,6 +224,12 @@ def test_group_sizes_that_do_not_divide_are_refused_with_the_way_out(
     assert "model.layers.0.mlp.down_proj: 96 input features" in message and "(32 fits)" in message
 
 
+def test_a_tokenizer_of_another_model_is_refused(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    source = make_checkpoint("llama", vocab_size=100)
+    with pytest.raises(QuantizeError, match=r"the tokenizer gives token \d+, but the model has 100"):
+        _run(source, tmp_path / "out")
+
+
 def test_values_beyond_fp16_are_refused_by_name(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
