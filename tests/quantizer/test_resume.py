@@ -32,7 +32,7 @@ def _bytes(folder: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")
-        if path.is_file() and path.name != export.REPORT_FILE
+        if path.is_file() and path.name not in (export.REPORT_FILE, export.HTML_FILE)
     }
 
 
