@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 # CPU torch where the index has one; `pip install torch` elsewhere. Override to choose a CUDA build.
 TORCH ?= torch>=2.11,<2.14
 
-.PHONY: serve test check sanitize lint bench clean
+.PHONY: serve test check sanitize lint bench test-gpu bench-gpu check-gpu clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV) || { echo "python3-venv is missing: apt-get install python3-venv"; exit 1; }
@@ -41,6 +41,17 @@ bench: $(STAMP) $(DEMO_MODEL)
 # The native kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer: about 7 minutes.
 sanitize: $(STAMP)
 	tests/kernels/run_sanitized.sh $(CURDIR)/$(BIN)/python
+
+# On a machine with a GPU and a CUDA (or ROCm) torch: TORCH=torch where the index's default is one.
+test-gpu: $(STAMP)
+	$(BIN)/python -m kernels.gpu.selftest
+
+bench-gpu: $(STAMP)
+	$(BIN)/python -m kernels.bench --device cuda
+
+# Compiles every GPU kernel without a GPU and writes the tables of docs/gpu-kernels.md.
+check-gpu: $(STAMP)
+	$(BIN)/python -m kernels.gpu.check --write docs/gpu-kernels.md
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -130,6 +130,9 @@ class ForwardBatch:
     num_sequences: int = 0
     num_rows: int = 0
     generation: int = 0  # counts the fills: what was derived from the buffers at the same number is still right
+    staged: dict[str, Tensor] | None = (
+        None  # by name, where `fill` writes instead when the buffers are not in host memory
+    )
 
     @classmethod
     def allocate(
@@ -176,15 +179,32 @@ class ForwardBatch:
         self.generation += 1
         self.host_query_lens, self.host_seq_lens = list(query_lens), list(seq_lens)
         self.num_tokens, self.num_sequences, self.num_rows = len(input_ids), len(query_lens), len(logit_rows)
-        _write(self.input_ids, input_ids)
-        _write(self.positions, positions)
-        _write(self.slot_mapping, slots)
-        _write(self.query_starts, list(itertools.accumulate(query_lens, initial=0)))
-        _write(self.seq_lens, seq_lens)
-        _write(self.logit_rows, logit_rows)
+        buffers = self.host_buffers()
+        _write(buffers["input_ids"], input_ids)
+        _write(buffers["positions"], positions)
+        _write(buffers["slot_mapping"], slots)
+        _write(buffers["query_starts"], list(itertools.accumulate(query_lens, initial=0)))
+        _write(buffers["seq_lens"], seq_lens)
+        _write(buffers["logit_rows"], logit_rows)
         for sequence, table in enumerate(block_tables):
-            _write(self.block_tables, table, sequence)
-        _write(self.counts, (self.num_tokens, self.num_sequences, self.num_rows))
+            _write(buffers["block_tables"], table, sequence)
+        _write(buffers["counts"], (self.num_tokens, self.num_sequences, self.num_rows))
+
+    def host_buffers(self) -> dict[str, Tensor]:
+        return self.staged or {name: getattr(self, name) for name in FORWARD_BUFFERS}
+
+
+FORWARD_BUFFERS = (
+    "counts",
+    "input_ids",
+    "positions",
+    "slot_mapping",
+    "query_starts",
+    "seq_lens",
+    "block_tables",
+    "logit_rows",
+)
+SAMPLING_BUFFERS = ("temperature", "top_k", "top_p", "min_p", "seed", "index")
 
 
 @dataclass(slots=True)
@@ -203,6 +223,7 @@ class SamplingBatch:
     num_rows: int = 0
     all_greedy: bool = True  # host-side knowledge that lets a back end skip work: no row samples at all;
     any_filter: bool = False  # some sampled row has top-k or top-p on
+    staged: dict[str, Tensor] | None = None  # as in ForwardBatch
 
     @classmethod
     def allocate(cls, max_rows: int, device: torch.device) -> SamplingBatch:
@@ -231,9 +252,9 @@ class SamplingBatch:
         self.num_rows = len(temperature)
         self.all_greedy = not any(temperature)
         self.any_filter = not self.all_greedy and (any(top_k) or min(top_p) < 1.0)
-        buffers = (self.temperature, self.top_k, self.top_p, self.min_p, self.seed, self.index)
-        for buffer, values in zip(buffers, (temperature, top_k, top_p, min_p, seed, index), strict=True):
-            _write(buffer, values)
+        buffers = self.staged or {name: getattr(self, name) for name in SAMPLING_BUFFERS}
+        for name, values in zip(SAMPLING_BUFFERS, (temperature, top_k, top_p, min_p, seed, index), strict=True):
+            _write(buffers[name], values)
 
 
 def _write(buffer: Tensor, values: Sequence[int] | Sequence[float], row: int | None = None) -> None:
@@ -241,7 +262,7 @@ def _write(buffer: Tensor, values: Sequence[int] | Sequence[float], row: int | N
     step makes a dozen of these."""
     if not values:
         return
-    if buffer.device.type == "cpu":
+    if buffer.device.type == "cpu" and type(buffer) is Tensor:  # not a fake one
         array = buffer.numpy()
         (array if row is None else array[row])[: len(values)] = values
     else:
@@ -255,6 +276,10 @@ class SampledRows:
 
     token_ids: Tensor
     finite: Tensor
+
+    def to_host(self) -> tuple[list[int], list[bool]]:
+        """Waits for the two and returns them. The only wait of a step."""
+        return self.token_ids.tolist(), self.finite.tolist()
 
 
 class Program(Protocol):
@@ -299,6 +324,14 @@ class Backend(Protocol):
         self, max_tokens: int, max_rows: int, hidden_size: int, intermediate_size: int, vocab_size: int
     ) -> int:
         """An upper estimate of what the ops' buffers take for the largest batch."""
+
+    def memory(self) -> tuple[int, int] | None:
+        """Bytes of the device, all and free; None where that is host memory."""
+
+    def allocate_batches(
+        self, max_tokens: int, max_sequences: int, max_blocks_per_sequence: int, max_rows: int
+    ) -> tuple[ForwardBatch, SamplingBatch]:
+        """The step's buffers. What `fill` wrote into both is with the device once the program runs."""
 
     # One forward pass.
     def record(self, forward: Callable[[], Tensor], batch: ForwardBatch) -> Program:
@@ -366,12 +399,37 @@ class Backend(Protocol):
         kept token whose cumulative mass (fp64) exceeds u times the total, u = `kernels.reference.uniform(seed, index)`.
         """
 
+    def ban_tokens(self, logits: Tensor, rows: Sequence[int], token_ids: Sequence[int]) -> None:
+        """Sets logits[rows[i], token_ids[i]] to -inf for every i. No pair comes twice; ids past the vocabulary are passed over."""
+
+
+def allocate_host_batches(
+    max_tokens: int, max_sequences: int, max_blocks_per_sequence: int, max_rows: int
+) -> tuple[ForwardBatch, SamplingBatch]:
+    """`Backend.allocate_batches` for back ends that compute in host memory."""
+    cpu = torch.device("cpu")
+    forward = ForwardBatch.allocate(max_tokens, max_sequences, max_blocks_per_sequence, max_rows, cpu)
+    return forward, SamplingBatch.allocate(max_rows, cpu)
+
+
+def ban_host_tokens(logits: Tensor, rows: Sequence[int], token_ids: Sequence[int]) -> None:
+    """`Backend.ban_tokens` in host memory."""
+    pairs = [(row, token) for row, token in zip(rows, token_ids, strict=True) if token < logits.shape[1]]
+    if pairs:
+        logits[[row for row, _ in pairs], [token for _, token in pairs]] = -float("inf")
+
 
 @dataclass(frozen=True, slots=True)
 class BackendOptions:
     """What a user may choose of a back end. `num_threads` 0 means the physical cores this process may use."""
 
     num_threads: int = 0
+    device: str = "auto"
+    """auto: a GPU where there is one."""
+    dtype: str = "auto"
+    """Of activations on a GPU; "auto" is float16."""
+    batch_invariant: bool = False
+    """On a GPU: one partition of every sum whatever the batch. CPUs know no other."""
     kv_cache_dtype: str = "auto"
     cpu_activations: str = "int8"
     """Into quantized linears on the CPU: int8 with a scale per token and 32 channels, int16 with one per token and 128."""
@@ -379,6 +437,8 @@ class BackendOptions:
     """Of an unquantized lm_head on the CPU; "auto" is int8."""
 
 
+DEVICES = ("auto", "cpu", "cuda")
+DTYPES = ("auto", "float16", "bfloat16")
 CPU_ACTIVATIONS = ("int8", "int16")
 LM_HEAD_DTYPES = ("auto", "int8", "int4", "fp16")
 
@@ -391,11 +451,26 @@ def create_backend(name: str, options: BackendOptions) -> Backend:
     if name not in BACKEND_NAMES:
         raise ValueError(f"kernel backend {name!r}: expected one of {', '.join(BACKEND_NAMES)}")
     for option, value, allowed in (
+        ("device", options.device, DEVICES),
+        ("dtype", options.dtype, DTYPES),
         ("cpu_activations", options.cpu_activations, CPU_ACTIVATIONS),
         ("lm_head_dtype", options.lm_head_dtype, LM_HEAD_DTYPES),
     ):
         if value not in allowed:
             raise ValueError(f"{option} {value!r}: expected one of {', '.join(allowed)}")
+    if options.device == "cuda" and name not in ("auto", "gpu"):
+        raise ValueError(f"kernel backend {name!r} does not run on device 'cuda'")
+    if options.device == "cpu" and name == "gpu":
+        raise ValueError("kernel backend 'gpu' does not run on device 'cpu'")
+    if name in ("auto", "gpu") and options.device != "cpu":
+        backend, reason = _create_gpu(options)
+        if backend is not None:
+            return backend
+        if name == "gpu" or options.device == "cuda":
+            raise ValueError(f"kernel backend 'gpu': {reason}")
+        logger.info("no GPU kernels: %s", reason)
+    if options.dtype != "auto":
+        raise ValueError(f"dtype {options.dtype!r}: only GPU back ends have a choice of it")
     if name in ("auto", "cpu"):
         backend, reason = _create_cpu(options)
         if backend is not None:
@@ -410,7 +485,20 @@ def create_backend(name: str, options: BackendOptions) -> Backend:
         from kernels.reference import ReferenceBackend
 
         return ReferenceBackend(options)
-    raise ValueError(f"kernel backend {name!r} is not part of this build")
+    raise AssertionError(name)
+
+
+def _create_gpu(options: BackendOptions) -> tuple[Backend | None, str]:
+    """The Triton back end, or None and why not."""
+    try:
+        from kernels.gpu.backend import GpuBackend
+        from kernels.gpu.device import open_device
+    except ImportError as error:
+        return None, f"{error}; pip install triton"
+    try:
+        return GpuBackend(options, open_device()), ""
+    except ValueError as error:
+        return None, str(error)
 
 
 def _create_cpu(options: BackendOptions) -> tuple[Backend | None, str]:

@@ -187,8 +187,19 @@ def show(result: Result) -> str:
     )
 
 
+def take_device(arguments: list[str]) -> tuple[str, list[str]]:
+    """`--device cpu|cuda`, and the other arguments: each device has options of its own."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    known, rest = parser.parse_known_args(arguments)
+    return known.device, rest
+
+
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], help="cuda has options of its own: see --device cuda --help"
+    )
     parser.add_argument("--shapes", nargs="+", choices=sorted(SHAPES), default=["cache", "smollm2-135m"])
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16, 64, 512], metavar="M")
     parser.add_argument("--activations", choices=["int8", "int16"], default="int8")
@@ -211,7 +222,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parse_arguments(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    device, rest = take_device(arguments)
+    if device == "cuda":
+        from kernels.gpu.bench import main as gpu_main
+
+        return gpu_main(rest)
+    options = parse_arguments(rest)
     try:
         from kernels.cpu import _native  # noqa: F401
         from kernels.cpu.threads import usable_cores

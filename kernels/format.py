@@ -55,8 +55,9 @@ def unpack_int4(words: Tensor) -> Tensor:
     """Inverse of `pack_int4`: int32 [rows, N/8] to uint8 [rows, N] with values 0..15."""
     rows, columns = words.shape
     octets = words.contiguous().view(torch.uint8).reshape(rows, columns, 4)
-    nibbles = torch.stack((octets & 15, octets >> 4), dim=-1).reshape(rows, columns, PACK_FACTOR)
-    return nibbles[..., list(COLUMN_NIBBLES)].reshape(rows, columns * PACK_FACTOR)
+    # Nibble 4a + b holds column 2b + a: a transposition, where an index list would be copied to the device first.
+    nibbles = torch.stack((octets & 15, octets >> 4), dim=-1).reshape(rows, columns, 2, PACK_FACTOR // 2)
+    return nibbles.transpose(2, 3).reshape(rows, columns * PACK_FACTOR)
 
 
 @dataclass(frozen=True, slots=True)

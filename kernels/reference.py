@@ -28,6 +28,8 @@ from kernels.backend import (
     RotaryTable,
     SampledRows,
     SamplingBatch,
+    allocate_host_batches,
+    ban_host_tokens,
 )
 from kernels.format import AwqWeight, DenseWeight
 
@@ -156,6 +158,17 @@ class ReferenceBackend:
     ) -> int:
         per_token = 4 * (6 * hidden_size + 4 * intermediate_size)
         return max_tokens * per_token + 2 * max_rows * vocab_size * 4
+
+    def memory(self) -> None:
+        return None
+
+    def allocate_batches(
+        self, max_tokens: int, max_sequences: int, max_blocks_per_sequence: int, max_rows: int
+    ) -> tuple[ForwardBatch, SamplingBatch]:
+        return allocate_host_batches(max_tokens, max_sequences, max_blocks_per_sequence, max_rows)
+
+    def ban_tokens(self, logits: Tensor, rows: Sequence[int], token_ids: Sequence[int]) -> None:
+        ban_host_tokens(logits, rows, token_ids)
 
     # One forward pass.
     def record(self, forward: Callable[[], Tensor], batch: ForwardBatch) -> EagerProgram:

@@ -15,7 +15,10 @@ class EngineConfig:
     max_num_batched_tokens: int | None = None
     block_size: int = 16
     enable_prefix_caching: bool = True
+    device: str = "auto"  # "auto" (a GPU where there is one), "cpu" or "cuda"
     kernel_backend: str = "auto"
+    dtype: str = "auto"  # of activations on a GPU: "auto" (float16), "float16" or "bfloat16"
+    batch_invariant: bool = False  # on a GPU: sums in one order whatever the batch; CPUs do so always
     threads: int = 0  # 0: the physical cores this process may use
     kv_cache_dtype: str = "auto"  # "auto", "fp16" or "int8"; the reference back end keeps it in fp32
     cpu_activations: str = "int8"  # into quantized linears on the CPU: "int8" or, with more precision, "int16"

@@ -140,6 +140,8 @@ class Option:
 
 
 _BACKENDS = ("auto", "reference", "cpu", "gpu")
+_DEVICES = ("auto", "cpu", "cuda")
+_DTYPES = ("auto", "float16", "bfloat16")
 _KV_DTYPES = ("auto", "fp16", "int8")
 _HEAD_DTYPES = ("auto", "int8", "int4", "fp16")
 _LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -164,6 +166,11 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         Option("revision", "revision", _text, "branch, tag or commit of a Hugging Face id", "NAME"),
         Option("max-model-len", "max_model_len", _size, "longest prompt and output together, in tokens (default: the "
                "model's, or what memory holds)", "TOKENS"),
+        Option("device", "device", _choice(*_DEVICES), "where the model runs; auto takes a GPU where there is one",
+               "|".join(_DEVICES)),
+        Option("dtype", "dtype", _choice(*_DTYPES), "of activations on a GPU (default: float16)", "|".join(_DTYPES)),
+        Option("batch-invariant", "batch_invariant", _flag, "on a GPU, compute every sum in one order whatever the batch: "
+               "a request's tokens then do not depend on its neighbours, as on CPUs always; prompts take longer"),
         Option("kernel-backend", "kernel_backend", _choice(*_BACKENDS), "kernels to compute with", "|".join(_BACKENDS)),
         Option("threads", "threads", _integer(0), "processor threads to compute with; 0: the physical cores available", "N"),
         Option("cpu-activations", "cpu_activations", _choice("int8", "int16"), "what quantized linears on the CPU take: int8, or "

@@ -27,6 +27,8 @@ from kernels.backend import (
     RotaryTable,
     SampledRows,
     SamplingBatch,
+    allocate_host_batches,
+    ban_host_tokens,
 )
 from kernels.cpu import _native
 from kernels.cpu.buffers import BufferPool, map_zeros
@@ -164,6 +166,17 @@ class CpuBackend:
         # Live at once at most: two residuals, the fused projection and its packed input; the rows attended; the logits.
         per_token = 4 * (4 * hidden_size + 3 * max(intermediate_size, hidden_size)) + 3 * intermediate_size
         return max_tokens * per_token + max_rows * (4 * vocab_size + 8 * hidden_size) + self.num_threads * (2 << 20)
+
+    def memory(self) -> None:
+        return None
+
+    def allocate_batches(
+        self, max_tokens: int, max_sequences: int, max_blocks_per_sequence: int, max_rows: int
+    ) -> tuple[ForwardBatch, SamplingBatch]:
+        return allocate_host_batches(max_tokens, max_sequences, max_blocks_per_sequence, max_rows)
+
+    def ban_tokens(self, logits: Tensor, rows: Sequence[int], token_ids: Sequence[int]) -> None:
+        ban_host_tokens(logits, rows, token_ids)
 
     # One forward pass.
     def record(self, forward: Callable[[], Tensor], batch: ForwardBatch) -> CpuProgram:

@@ -7,14 +7,14 @@ import random
 import time
 from pathlib import Path
 
-from kernels.backend import BackendOptions, KVCacheSpec, create_backend
+from kernels.backend import Backend, BackendOptions, KVCacheSpec, create_backend
 from server.config import EngineConfig
 from server.engine.block_manager import BlockManager
-from server.engine.kv_cache import plan_kv_cache
+from server.engine.kv_cache import DEFAULT_POOL_SHARE, GPU_POOL_SHARE, plan_kv_cache
 from server.engine.runner import Runner
 from server.engine.scheduler import ScheduledBatch, Scheduler, StepBudget
 from server.engine.sequence import Sequence
-from server.memory import memory_limit
+from server.memory import MemoryLimit, memory_limit
 from server.model_config import ModelConfig, ModelError, load_model_config
 from server.models.loader import load_decoder
 from server.types import AbortReason, EngineInfo, GenerateRequest, StepOutput, TokenEvent
@@ -22,6 +22,7 @@ from server.types import AbortReason, EngineInfo, GenerateRequest, StepOutput, T
 logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_NUM_BATCHED_TOKENS = 512
+DEFAULT_MAX_NUM_BATCHED_TOKENS_GPU = 2048
 
 STEP_SECONDS = 0.15
 """What a step is to take when a prompt is being computed: everybody's next token waits for it."""
@@ -96,23 +97,34 @@ def timed_budget(model: ModelConfig, max_tokens: int, seconds_per_token: float) 
     return StepBudget(max_tokens, max(MIN_STEP_TOKENS, STEP_SECONDS / seconds_per_token), balanced_context)
 
 
+def _memory(backend: Backend) -> MemoryLimit:
+    """Of the device that the weights are on."""
+    device = backend.memory()
+    return memory_limit() if device is None else MemoryLimit(*device, "GPU memory")
+
+
 def build_engine(config: EngineConfig, epoch: int = 0) -> Engine:
     """Loads the model and sizes everything. Raises ModelError, FormatError or ValueError for what the user must mend."""
     model_dir = Path(config.model)
     model = load_model_config(model_dir)
-    max_batched = config.max_num_batched_tokens or max(DEFAULT_MAX_NUM_BATCHED_TOKENS, config.max_num_seqs)
-    if max_batched < config.max_num_seqs:
-        raise ModelError(
-            f"--max-num-batched-tokens {max_batched} is less than --max-num-seqs {config.max_num_seqs}: "
-            "a step must hold one token of every running sequence"
-        )
     options = BackendOptions(
         num_threads=config.threads,
+        device=config.device,
+        dtype=config.dtype,
+        batch_invariant=config.batch_invariant,
         kv_cache_dtype=config.kv_cache_dtype,
         cpu_activations=config.cpu_activations,
         lm_head_dtype=config.lm_head_dtype,
     )
     backend = create_backend(config.kernel_backend, options)
+    on_gpu = backend.device.type == "cuda"
+    default_batched = DEFAULT_MAX_NUM_BATCHED_TOKENS_GPU if on_gpu else DEFAULT_MAX_NUM_BATCHED_TOKENS
+    max_batched = config.max_num_batched_tokens or max(default_batched, config.max_num_seqs)
+    if max_batched < config.max_num_seqs:
+        raise ModelError(
+            f"--max-num-batched-tokens {max_batched} is less than --max-num-seqs {config.max_num_seqs}: "
+            "a step must hold one token of every running sequence"
+        )
     longest = config.max_model_len or model.max_context
     decoder = load_decoder(model_dir, model, backend, longest)
 
@@ -129,7 +141,8 @@ def build_engine(config: EngineConfig, epoch: int = 0) -> Engine:
         backend.workspace_nbytes(
             max_batched, config.max_num_seqs, model.hidden_size, model.intermediate_size, model.vocab_size
         ),
-        memory_limit(),
+        _memory(backend),
+        GPU_POOL_SHARE if on_gpu else DEFAULT_POOL_SHARE,
     )
     for note in plan.notes:
         logger.info("%s", note)
@@ -140,7 +153,7 @@ def build_engine(config: EngineConfig, epoch: int = 0) -> Engine:
     seconds_per_token = runner.warm_up()
     budget = StepBudget(max_batched)
     notes = list(plan.notes)
-    if config.max_num_batched_tokens is None:
+    if config.max_num_batched_tokens is None and not on_gpu:
         budget = timed_budget(model, max_batched, seconds_per_token)
         notes.append(
             f"a prompt token takes {seconds_per_token * 1e3:.2f} ms: a step holds up to "

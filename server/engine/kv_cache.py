@@ -11,6 +11,9 @@ from server.model_config import ModelError
 DEFAULT_POOL_SHARE = 0.25
 """Share of the memory limit that the pool takes at most when nobody said how large it should be."""
 
+GPU_POOL_SHARE = 1.0
+"""The same for a GPU's memory, which nothing else is waiting for."""
+
 MIB = 1 << 20
 
 
@@ -30,6 +33,7 @@ def plan_kv_cache(
     weights_nbytes: int,
     workspace_nbytes: int,
     limit: MemoryLimit,
+    pool_share: float = DEFAULT_POOL_SHARE,
 ) -> KVCachePlan:
     """Sizes the pool. `block_nbytes` is one block over all layers; `limit` as it stands with the weights loaded.
 
@@ -55,7 +59,7 @@ def plan_kv_cache(
     else:
         one_sequence = -(-wanted_len // size) * block_nbytes
         every_sequence = one_sequence * config.max_num_seqs
-        pool = min(room, every_sequence, max(one_sequence, int(limit.total * DEFAULT_POOL_SHARE)))
+        pool = min(room, every_sequence, max(one_sequence, int(limit.total * pool_share)))
     num_blocks = pool // block_nbytes
     num_tokens = num_blocks * size
     max_model_len = wanted_len

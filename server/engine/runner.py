@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.backend import Backend, ForwardBatch, KVCacheSpec, SampledRows, SamplingBatch
+from kernels.backend import Backend, KVCacheSpec, SampledRows
 from server.engine.batch import fill_forward_batch
 from server.engine.sampler import Sampler
 from server.engine.scheduler import SampledToken, ScheduledBatch
@@ -41,11 +41,9 @@ class Runner:
         self.block_size = kv_spec.block_size
         self.vocab_size = decoder.config.vocab_size
         max_blocks = -(-max_model_len // kv_spec.block_size)
-        self.batch = ForwardBatch.allocate(
-            max_num_batched_tokens, max_num_seqs, max_blocks, max_num_seqs, backend.device
-        )
+        self.batch, sampling = backend.allocate_batches(max_num_batched_tokens, max_num_seqs, max_blocks, max_num_seqs)
         self.kv = backend.allocate_kv(kv_spec)
-        self.sampler = Sampler(SamplingBatch.allocate(max_num_seqs, backend.device), eos_token_ids)
+        self.sampler = Sampler(backend, sampling, eos_token_ids)
         self.program = backend.record(lambda: decoder.forward(self.batch, self.kv), self.batch)
 
     @torch.inference_mode()
@@ -65,15 +63,17 @@ class Runner:
     @torch.inference_mode()
     def launch(self, scheduled: ScheduledBatch) -> StepHandle:
         fill_forward_batch(self.batch, scheduled, self.block_size)
-        logits: Tensor = self.program.run()
         sequences = scheduled.sampling
+        sampling = self.sampler.fill(sequences)
+        logits: Tensor = self.program.run()
         if not sequences:
             return StepHandle(None)
-        return StepHandle(self.backend.sample(logits, self.sampler.prepare(sequences, logits)))
+        self.sampler.mask(sequences, logits)
+        return StepHandle(self.backend.sample(logits, sampling))
 
     def collect(self, handle: StepHandle) -> list[SampledToken]:
         """One entry per sequence of the step's `sampling`."""
         if handle.sampled is None:
             return []
-        token_ids, finite = handle.sampled.token_ids.tolist(), handle.sampled.finite.tolist()
+        token_ids, finite = handle.sampled.to_host()
         return [SampledToken(token if ok else None) for token, ok in zip(token_ids, finite, strict=True)]

@@ -45,5 +45,5 @@ def test_bad_options_name_field_and_value(field: str, value: object) -> None:
 def test_rtn_is_nearest_rounding_alone() -> None:
     resolved = QuantizeOptions(method="rtn").resolved()
     assert (resolved.scales, resolved.clip, resolved.rounding) == (False, False, "nearest")
-    assert QuantizeOptions(samples=24).resolved() == QuantizeOptions(samples=24)
-    assert [QuantizeOptions(effort=name).resolved().samples for name in EFFORTS] == [12, 24, 64]
+    assert QuantizeOptions(samples=28).resolved() == QuantizeOptions(samples=28)
+    assert [QuantizeOptions(effort=name).resolved().samples for name in EFFORTS] == [14, 28, 64]

@@ -50,6 +50,8 @@ def test_a_flag_goes_before_the_environment_before_the_file(tmp_path: Path) -> N
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)
 def test_every_option_comes_from_every_source(option, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     samples = {
+        "device": "cpu",
+        "dtype": "bfloat16",
         "kernel-backend": "reference",
         "log-level": "debug",
         "memory-utilization": "0.5",

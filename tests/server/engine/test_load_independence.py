@@ -27,20 +27,20 @@ Digests = dict[tuple[str, int], str]
 def recorded_logits(engine: Engine) -> Iterator[Digests]:
     """Digests of the bits of every logits row that is sampled from, by request and output index."""
     digests: Digests = {}
-    prepare = engine.runner.sampler.prepare
+    mask = engine.runner.sampler.mask
 
     def recording(sequences, logits):  # type: ignore[no-untyped-def]
         for sequence, row in zip(sequences, logits, strict=True):
             key = (sequence.request_id, sequence.num_output_tokens)
             digest = hashlib.sha256(row.contiguous().numpy().tobytes()).hexdigest()
             assert digests.setdefault(key, digest) == digest
-        return prepare(sequences, logits)
+        mask(sequences, logits)
 
-    engine.runner.sampler.prepare = recording  # type: ignore[method-assign]
+    engine.runner.sampler.mask = recording  # type: ignore[method-assign]
     try:
         yield digests
     finally:
-        engine.runner.sampler.prepare = prepare  # type: ignore[method-assign]
+        engine.runner.sampler.mask = mask  # type: ignore[method-assign]
 
 
 @dataclass(frozen=True)

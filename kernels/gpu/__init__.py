@@ -1,0 +1,1 @@
+"""Triton kernels for NVIDIA and AMD GPUs, and the back end over them. Importing queries no device."""

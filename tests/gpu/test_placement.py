@@ -1,0 +1,134 @@
+"""Whole engine steps on a fake CUDA device: no op mixes devices, and nothing but `collect` waits. Each check with its planted
+fault."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
+
+from kernels.backend import RotaryTable
+from kernels.gpu.backend import GpuBackend, GpuSampledRows
+from server.config import EngineConfig
+from server.engine.engine import build_engine
+from server.models.checkpoint import Checkpoint
+from server.models.decoder import Decoder
+from server.types import GenerateRequest, SamplingParams
+from tests.awq_checkpoints import make_awq_checkpoint
+from tests.gpu.devices import FakeCudaDevice, WithoutDeviceGuards
+from tests.tiny_models import make_tiny_model
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("placement")
+    make_tiny_model(root / "source", "llama-untied-biased", head_dim=16)
+    make_awq_checkpoint(root / "source", root / "awq", root / "dense", 32, skip=("layers.1.self_attn.k_proj",))
+    return root / "awq"
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCudaDevice]:
+    device = FakeCudaDevice()
+    monkeypatch.setattr("kernels.gpu.device.open_device", lambda: device)
+
+    def to_host(self: GpuSampledRows) -> tuple[list[int], list[bool]]:
+        # Values are what fake tensors lack: every row samples token 7.
+        self.device.wait(self.ticket)
+        assert self.host.device.type == "cpu"
+        num_rows = self.token_ids.shape[0]
+        return [7] * num_rows, [True] * num_rows
+
+    monkeypatch.setattr(GpuSampledRows, "to_host", to_host)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    read = Checkpoint.read
+
+    def read_fake(self: Checkpoint, name: str) -> Tensor:
+        with unset_fake_temporarily():
+            tensor = read(self, name)
+        return mode.from_tensor(tensor)
+
+    monkeypatch.setattr(Checkpoint, "read", read_fake)
+    with mode, WithoutDeviceGuards():
+        yield device
+
+
+def serve(checkpoint: Path, device: FakeCudaDevice, **options: Any) -> None:
+    """Prefill in chunks, mixed steps and decodes; one wait per step that samples, and never a value read before it."""
+    config = EngineConfig(
+        model=str(checkpoint),
+        max_model_len=200,
+        max_num_seqs=5,
+        max_num_batched_tokens=48,
+        device="cuda",
+        seed=0,
+        **options,
+    )
+    engine = build_engine(config)
+    assert engine.info.backend == "gpu"
+    for index, length in enumerate((3, 100, 40)):
+        params = SamplingParams(max_tokens=3, temperature=float(index), top_k=4, min_tokens=2)
+        engine.submit(GenerateRequest(str(index), list(range(3, 3 + length)), params, time.monotonic()))
+    while engine.has_work():
+        device.waits = device.uploads = 0
+        output = engine.step()
+        assert device.waits <= 1 and device.uploads <= 2
+        assert not any(event.error for event in output.events)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"kv_cache_dtype": "int8"}, {"dtype": "bfloat16"}, {"batch_invariant": True}], ids=str
+)
+def test_engine_steps_stay_on_their_device(checkpoint: Path, device: FakeCudaDevice, options: dict[str, Any]) -> None:
+    serve(checkpoint, device, **options)
+
+
+def test_a_planted_device_mix_is_caught(
+    checkpoint: Path, device: FakeCudaDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(GpuBackend, "prepare_rotary", lambda self, cos, sin: RotaryTable(cos, sin))
+    with pytest.raises(RuntimeError, match="rope_and_store: tensors on several devices: cpu, cuda:0"):
+        serve(checkpoint, device)
+
+
+def test_a_planted_mix_in_a_library_op_is_caught(
+    checkpoint: Path, device: FakeCudaDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Decoder.forward
+    monkeypatch.setattr(Decoder, "forward", lambda *args: original(*args) + torch.zeros(320))
+    with pytest.raises(RuntimeError, match="at least two devices, cuda:0 and cpu"):
+        serve(checkpoint, device)
+
+
+def test_a_planted_item_is_caught(checkpoint: Path, device: FakeCudaDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Decoder.forward
+
+    def planted(self: Decoder, *args: Any) -> Tensor:
+        logits = original(self, *args)
+        return logits * logits[0, 0].item()
+
+    monkeypatch.setattr(Decoder, "forward", planted)
+    with pytest.raises(DataDependentOutputException):
+        serve(checkpoint, device)
+
+
+def test_a_planted_second_wait_is_caught(
+    checkpoint: Path, device: FakeCudaDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = GpuBackend.sample
+
+    def planted(self: GpuBackend, *args: Any) -> GpuSampledRows:
+        rows = original(self, *args)
+        rows.to_host()
+        return dataclasses.replace(rows)
+
+    monkeypatch.setattr(GpuBackend, "sample", planted)
+    with pytest.raises(AssertionError):
+        serve(checkpoint, device)
