@@ -116,9 +116,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--calibration",
         default=defaults.calibration,
         metavar="TEXT",
-        help="'builtin' (English text and code of Python, prose of this package, random tokens), a text file, a .jsonl file, or a "
-        "folder of them. A line of a .jsonl file is a string, an object with 'text', or a chat under 'messages', which gets the model's chat template "
-        "(default: %(default)s)",
+        help="'builtin' (English text and code of Python, prose of this package, random tokens), a text file, a .jsonl file, or "
+        "a folder of them. A line of a .jsonl file is a string, an object with 'text', or a chat under 'messages', which gets "
+        "the model's chat template (default: %(default)s)",
     )
     samples = ", ".join(f"{effort.samples} for {name}" for name, effort in EFFORTS.items())
     calibration.add_argument("--samples", type=int, help=f"sequences (default: by effort, {samples})")
