@@ -177,7 +177,7 @@ def pack_tokens(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], le
 
 
 def calibration_tokens(
-    tokenizer: PreTrainedTokenizerBase, calibration: str, samples: int, length: int, seed: int
+    tokenizer: PreTrainedTokenizerBase, vocab_size: int, calibration: str, samples: int, length: int, seed: int
 ) -> Tensor:
     """int64 [samples, length]: rows drawn without replacement; fewer where the text is shorter, and then all of it.
 
@@ -190,7 +190,8 @@ def calibration_tokens(
         return _draw(pack_tokens(tokenizer, read_documents(calibration, tokenizer), length), samples, generator)
     general = _draw(pack_tokens(tokenizer, general_documents(), length), -(-samples // 3), generator)
     code = _draw(pack_tokens(tokenizer, code_documents(), length), samples // 4, generator)
-    vocabulary = sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids))
+    # A tokenizer may know more tokens than the model has embeddings for, or fewer.
+    vocabulary = sorted(set(range(min(vocab_size, len(tokenizer)))) - set(tokenizer.all_special_ids))
     choice = torch.randint(len(vocabulary), (samples // 6, length), generator=generator)
     scattered = torch.tensor(vocabulary, dtype=torch.int64)[choice]
     technical = pack_tokens(tokenizer, builtin_documents(), length)

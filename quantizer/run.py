@@ -80,10 +80,11 @@ def prepare(source: Source, options: QuantizeOptions) -> Job:
     dtype = source.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     if dtype not in (torch.float16, torch.bfloat16):
         dtype = torch.float16
+    vocabulary = shapes[f"{architecture.embedding}.weight"][0]
     tokens = calibration_tokens(
-        source.tokenizer(), options.calibration, options.samples, options.sequence_length, options.seed
+        source.tokenizer(), vocabulary, options.calibration, options.samples, options.sequence_length, options.seed
     )
-    vocabulary, largest = shapes[f"{architecture.embedding}.weight"][0], int(tokens.max())
+    largest = int(tokens.max())
     if largest >= vocabulary:
         raise QuantizeError(
             f"{source.description}: the tokenizer gives token {largest}, but the model has {vocabulary}; is it another model's?"

@@ -52,7 +52,8 @@ def test_norm(backend: CpuBackend, rows: int, hidden: int) -> None:
 def test_activation(backend: CpuBackend, activation: str, rows: int) -> None:
     gate_up = torch.randn(rows, 2 * 88) * 4
     gate_up[0, :8] = torch.tensor([-1e4, -200.0, -88.0, -20.0, 0.0, 20.0, 100.0, 1e4])
-    out = backend.act_and_mul(gate_up, activation).dense()  # type: ignore[arg-type]
+    identity = backend.prepare_linear([DenseWeight("identity", torch.eye(2 * 88))], None)
+    out = backend.gated_linear(CpuLinearInput(rows, gate_up, ()), identity, activation).dense()  # type: ignore[arg-type]
     expected = REFERENCE.act_and_mul(gate_up, activation).dense()  # type: ignore[arg-type]
     torch.testing.assert_close(out, expected, rtol=3e-6, atol=1e-6)
 
@@ -280,16 +281,18 @@ def test_sampling(backend: CpuBackend, vocab_size: int, spread: float) -> None:
 
 
 def test_sampling_takes_the_first_maximum_and_reports_what_is_not_finite(backend: CpuBackend) -> None:
-    logits = torch.zeros(4, 37)
+    logits = torch.zeros(6, 37)
     logits[0, [9, 30, 36]] = 5.0
     logits[1, 36] = 1.0
     logits[2, 11] = float("nan")
-    logits[3, 35] = float("-inf")
-    sampling = SamplingBatch.allocate(4, torch.device("cpu"))
-    sampling.fill([0.0, 0.0, 1.0, 0.0], [0] * 4, [1.0] * 4, [0.0] * 4, [0] * 4, [0] * 4)
+    logits[3, 35] = float("inf")
+    logits[4] = float("-inf")
+    logits[5, :36] = float("-inf")  # tokens that may not come
+    sampling = SamplingBatch.allocate(6, torch.device("cpu"))
+    sampling.fill([0.0, 0.0, 1.0, 0.0, 0.0, 1.0], [0] * 6, [1.0] * 6, [0.0] * 6, [0] * 6, [0] * 6)
     rows = backend.sample(logits, sampling)
-    assert rows.token_ids[:2].tolist() == [9, 36]
-    assert rows.finite.tolist() == [True, True, False, False]
+    assert rows.token_ids[[0, 1, 5]].tolist() == [9, 36, 36]
+    assert rows.finite.tolist() == [True, True, False, False, False, True]
     assert (rows.token_ids >= 0).all() and (rows.token_ids < 37).all()
 
 
