@@ -150,7 +150,7 @@ def options_from_arguments(arguments: argparse.Namespace) -> QuantizeOptions:
         seed=arguments.seed,
         dtype=arguments.dtype,
         modules_to_not_convert=tuple(arguments.modules_to_not_convert),
-        max_shard_bytes=int(arguments.max_shard_size * 1e9),
+        max_shard_bytes=round(arguments.max_shard_size * 1e9),
     )
 
 
@@ -168,9 +168,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from quantizer.evaluate import main as evaluate_main
 
             return evaluate_main(arguments[1:])
+        parsed = build_parser().parse_args(arguments)
+        # Loads torch: what is wrong with the arguments is said without waiting for it.
         from quantizer.run import quantize
 
-        parsed = build_parser().parse_args(arguments)
         report = quantize(
             parsed.source,
             parsed.out,
@@ -182,9 +183,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             memory_check=not parsed.no_memory_check,
         )
     except KeyboardInterrupt:
-        print("awq-quantize: interrupted; the same command goes on at the next layer", file=sys.stderr)
+        more = "" if arguments[:1] == ["evaluate"] else "; the same command goes on at the next layer"
+        print(f"awq-quantize: interrupted{more}", file=sys.stderr)
         return 130
-    except QuantizeError as error:
+    except (QuantizeError, OSError) as error:
         print(f"awq-quantize: error: {error}", file=sys.stderr)
         return 1
     megabytes = report["bytes"] / 1e6

@@ -6,11 +6,9 @@ import contextlib
 import copy
 import importlib
 import inspect
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from quantizer.config import QuantizeError
+from quantizer.documents import read_documents
 from quantizer.mappings import Architecture
 from quantizer.prose import PROSE
 
@@ -91,75 +90,6 @@ def _prose(text: str) -> str:
         if len(line) > 80 and letters > 0.9 * len(line) and line[0].isupper() and line[-1] in ".:!?":
             kept.append(line)
     return "\n\n".join(kept)
-
-
-TEXT_SUFFIXES = (".txt", ".md", ".jsonl")
-"""Files of a calibration folder that are read; others are passed over."""
-
-
-def read_documents(calibration: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Documents of a calibration source: `builtin`, a text file, a .jsonl file or a folder with such files at any depth.
-
-    A line of a .jsonl file is a string, an object with `text`, or an object with `messages`: a chat, which becomes text by
-    the tokenizer's chat template.
-    """
-    if calibration == "builtin":
-        return [*general_documents(), *code_documents(), *builtin_documents()]
-    path = Path(calibration)
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES and file.is_file())
-    elif path.is_file():
-        files = [path]
-    else:
-        raise QuantizeError(f"calibration: {calibration!r} is neither 'builtin' nor a file or folder")
-    if not files:
-        raise QuantizeError(f"{path}: holds no file of {', '.join(TEXT_SUFFIXES)}")
-    documents = [document for file in files for document in _documents(file, tokenizer) if document.strip()]
-    if not documents:
-        raise QuantizeError(f"{path}: holds no text")
-    return documents
-
-
-def _documents(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise QuantizeError(f"{path}: not UTF-8 text: {error}") from error
-    return list(_jsonl(path, text, tokenizer)) if path.suffix == ".jsonl" else [text]
-
-
-def _jsonl(path: Path, text: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise QuantizeError(f"{path}:{number}: not JSON: {error}") from error
-        if isinstance(record, dict) and "messages" in record:
-            yield _chat(f"{path}:{number}", record["messages"], tokenizer)
-            continue
-        value = record.get("text") if isinstance(record, dict) else record
-        if not isinstance(value, str):
-            raise QuantizeError(
-                f"{path}:{number}: expected a string, or an object with a string under 'text' or a chat under 'messages'"
-            )
-        yield value
-
-
-def _chat(where: str, messages: object, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A chat as the model sees it. QuantizeError, naming the line, if there is no template or it cannot take the chat."""
-    if not isinstance(messages, list) or not all(
-        isinstance(message, dict) and "role" in message for message in messages
-    ):
-        raise QuantizeError(f"{where}: messages: expected a list of objects with 'role' and 'content'")
-    if not tokenizer.chat_template:
-        raise QuantizeError(f"{where}: is a chat, but the model has no chat template; give 'text' instead")
-    try:
-        text: str = tokenizer.apply_chat_template(messages, tokenize=False)
-    except Exception as error:  # templates raise what they like
-        raise QuantizeError(f"{where}: the chat template refuses it: {error}") from error
-    return text
 
 
 def pack_tokens(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], length: int) -> Tensor:

@@ -104,8 +104,8 @@ class QuantConfig:
         """Parses what `to_compressed_tensors` gives; QuantizeError names the field that is of another kind."""
         groups = list((data.get("config_groups") or {}).values())
         weights = (groups[0].get("weights") or {}) if len(groups) == 1 else {}
-        found = {"format": data.get("format"), **{key: weights.get(key) for key in ("num_bits", "type")}}
-        expected = {"format": "pack-quantized", "num_bits": 4, "type": "int"}
+        found = {"format": data.get("format"), **{key: weights.get(key) for key in ("num_bits", "type", "symmetric")}}
+        expected = {"format": "pack-quantized", "num_bits": 4, "type": "int", "symmetric": False}
         for field, value in expected.items():
             if found[field] != value:
                 raise QuantizeError(f"quantization_config.{field}: expected {value!r}, found {found[field]!r}")

@@ -15,6 +15,7 @@ import torch
 from quantizer.calibrate import BATCH_TOKENS
 from quantizer.config import EFFORTS, QuantizeError, QuantizeOptions
 from quantizer.mappings import Architecture
+from quantizer.work_folder import reusable_bytes
 
 PROCESS_BYTES = 850_000_000
 """Python, torch and transformers, before any tensor."""
@@ -119,9 +120,9 @@ def check_fits(needed: Estimate, available_bytes: int, free_disk_bytes: int, fol
 
 
 def free_disk_bytes(out: Path) -> int:
-    """Free space where OUT is to be."""
+    """Free space where OUT is to be, with what an interrupted run has taken of it already."""
     existing = next(folder for folder in out.absolute().parents if folder.exists())
-    return shutil.disk_usage(existing).free
+    return shutil.disk_usage(existing).free + reusable_bytes(out)
 
 
 def available_memory() -> int:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from quantizer.calibrate import builtin_documents, pack_tokens, read_documents
+from quantizer.calibrate import builtin_documents, pack_tokens
 from quantizer.config import QuantConfig, QuantizeError
+from quantizer.documents import read_documents
 from quantizer.export import REPORT_FILE, write_report
 from quantizer.layouts import parse_quantization, quantized_modules, read_packed
 from quantizer.sources import SafetensorsSource, Source, expected_shapes, open_source
@@ -121,12 +122,19 @@ def _negative_log_likelihood(log_probs: Tensor, targets: Tensor) -> float:
     return -float(log_probs.gather(-1, targets.unsqueeze(-1)).sum(dtype=torch.float64))
 
 
-def bits_per_weight(folder: Path) -> float:
-    """Bits on disk per parameter of the dense model, everything included."""
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Of the safetensors files on disk, everything included, also per parameter of the dense model."""
+
+    bytes: int
+    bits_per_weight: float
+
+
+def size_on_disk(folder: Path) -> Size:
     source = SafetensorsSource(folder)
     parameters = sum(math.prod(shape) for shape in expected_shapes(source.config).values())
     stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    return 8 * stored / parameters
+    return Size(stored, 8 * stored / parameters)
 
 
 def evaluation_rows(tokenizer_source: SafetensorsSource, text: str, length: int, max_tokens: int) -> Tensor:
@@ -178,10 +186,10 @@ def main(argv: Sequence[str]) -> int:
     if arguments.reference:
         reference = load_model(open_source(arguments.reference, arguments.revision, arguments.offline))
     evaluation = evaluate(load_checkpoint(arguments.checkpoint), rows, reference)
-    bits = bits_per_weight(arguments.checkpoint)
+    result = {**asdict(evaluation), **asdict(size_on_disk(arguments.checkpoint))}
     if arguments.report:
-        add_to_report(arguments.checkpoint, {"text": arguments.text, **asdict(evaluation), "bits_per_weight": bits})
-    print_evaluation(evaluation, bits)
+        add_to_report(arguments.checkpoint, {"text": arguments.text, **result})
+    print_evaluation(result)
     return 0
 
 
@@ -193,9 +201,8 @@ def add_to_report(folder: Path, evaluation: dict[str, Any]) -> None:
     write_report(folder, {**json.loads(path.read_text()), "evaluation": evaluation})
 
 
-def print_evaluation(evaluation: Evaluation, bits: float) -> None:
-    """A table for people, then one line of JSON."""
-    data = {**asdict(evaluation), "bits_per_weight": round(bits, 3)}
+def print_evaluation(data: dict[str, Any]) -> None:
+    """A table for people, then one line of JSON. data: the fields of an Evaluation and a Size."""
     labels = {
         "num_tokens": "tokens scored",
         "reference_perplexity": "perplexity, original",
@@ -203,6 +210,7 @@ def print_evaluation(evaluation: Evaluation, bits: float) -> None:
         "kl_mean": "KL divergence, mean",
         "kl_percentile_99": "KL divergence, 99th percentile",
         "top_1_agreement": "same first choice",
+        "bytes": "bytes on disk",
         "bits_per_weight": "bits per weight on disk",
     }
     for key, label in labels.items():

@@ -18,6 +18,7 @@ from quantizer.files import (
     num_bytes,
     read_entries,
     sync_folder,
+    sync_tree,
     tensor_digest,
     write_atomically,
     write_json,
@@ -50,6 +51,7 @@ def assemble(
     verify(folder, work.digests())
     if index is not None:
         write_json(folder / INDEX_FILE, index)
+    sync_tree(folder)
     write_json(done, {"bytes": report["bytes"]})
     return folder
 

@@ -50,6 +50,17 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def sync_tree(folder: Path) -> None:
+    """Flushes every file and folder below, and the folder itself: also those that other packages wrote."""
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            sync_folder(path)
+        else:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    sync_folder(folder)
+
+
 def write_safetensors(
     path: Path,
     entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
@@ -93,9 +104,9 @@ def num_bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
     return dtype.itemsize * int(torch.Size(shape).numel())
 
 
-def tensor_bytes(tensor: Tensor) -> bytes:
-    """The tensor's values in memory order, little-endian as safetensors wants them."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The tensor's values in memory order, little-endian as safetensors wants them; not a copy where they lie so."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def tensor_digest(tensor: Tensor) -> str:

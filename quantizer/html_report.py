@@ -58,9 +58,9 @@ def render(report: Mapping[str, Any]) -> str:
     )
 
 
-def command(source: str, options: QuantizeOptions) -> str:
+def command(source: str, options: QuantizeOptions, revision: str | None = None) -> str:
     """The command line that gives these options; OUT is left to the reader."""
-    words = ["awq-quantize", source, "OUT"]
+    words = ["awq-quantize", source, "OUT", *(("--revision", revision) if revision else ())]
     defaults = QuantizeOptions().resolved()
     for field, value in options.to_dict().items():
         flag = f"--{field.replace('_', '-')}"
@@ -69,7 +69,7 @@ def command(source: str, options: QuantizeOptions) -> str:
         if field in ("scales", "clip"):
             words += [f"--no-{field}"] if options.method == "awq" else []
         elif field == "max_shard_bytes":
-            words += ["--max-shard-size", f"{value / 1e9:g}"]
+            words += ["--max-shard-size", repr(value / 1e9)]
         elif field == "modules_to_not_convert":
             words += [flag, *value]
         else:
@@ -124,7 +124,7 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _plot(layers: Sequence[Mapping[str, Any]]) -> str:
     """Two lines over the layers, from zero."""
-    means = {key: [_mean(layer, key) for layer in layers] for key, _, _ in _SERIES}
+    means = {key: [layer[key] for layer in layers] for key, _, _ in _SERIES}
     top = max(max(values) for values in means.values()) or 1.0
     step = (_WIDTH - 2 * _MARGIN) / max(1, len(layers) - 1)
     base = _HEIGHT - _MARGIN / 2
@@ -142,13 +142,8 @@ def _plot(layers: Sequence[Mapping[str, Any]]) -> str:
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
         parts += [
-            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"><title>layer {index}: {value:.4g}</title></circle>'
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"><title>layer {index}: {value!r}</title></circle>'
             for index, ((x, y), value) in enumerate(zip(points, means[key], strict=True))
         ]
         parts.append(f'<text x="{_WIDTH - 200}" y="{15 + 16 * row}" style="fill:{colour}">{label}</text>')
     return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{"".join(parts)}</svg>'
-
-
-def _mean(layer: Mapping[str, Any], key: str) -> float:
-    values = [linear[key] for linear in layer["linears"]]
-    return sum(values) / len(values) if values else 0.0

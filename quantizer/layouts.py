@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from kernels.format import AWQ_TENSORS, AwqWeight
+from kernels.format import AWQ_TENSORS, AwqWeight, FormatError
 from kernels.packed_formats import from_compressed_tensors, to_compressed_tensors
-from quantizer.config import QuantConfig, QuantizeOptions
+from quantizer.config import QuantConfig, QuantizeError, QuantizeOptions
 
 COMPRESSED_TENSORS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 _KINDS = {"awq": AWQ_TENSORS, "compressed-tensors": COMPRESSED_TENSORS}
@@ -51,8 +51,14 @@ def quantized_modules(names: Collection[str], layout: str) -> dict[str, list[str
 def read_packed(
     module: str, kinds: Collection[str], load: Callable[[str], Tensor], layout: str, group_size: int
 ) -> AwqWeight:
-    """FormatError if a tensor is missing or is not what the layout says."""
+    """QuantizeError if a tensor is missing or is not what the layout says."""
+    missing = sorted(set(_KINDS[layout]) - set(kinds))
+    if missing:
+        raise QuantizeError(f"{module}: missing tensor {module}.{missing[0]}")
     tensors = {kind: load(f"{module}.{kind}") for kind in kinds}
-    if layout == "awq":
-        return AwqWeight.from_tensors(module, tensors, group_size)
-    return from_compressed_tensors(module, tensors, group_size)
+    try:
+        if layout == "awq":
+            return AwqWeight.from_tensors(module, tensors, group_size)
+        return from_compressed_tensors(module, tensors, group_size)
+    except FormatError as error:
+        raise QuantizeError(str(error)) from error

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from quantizer.layouts import packed_tensors
 from quantizer.mappings import Architecture, ScaleGroup
 from quantizer.refinement import refine
 from quantizer.rounding import Rounded, nearest_values, round_feedback, round_nearest
-from quantizer.search import RangeChooser, ScaleChoice, identity_choice, output_error, search_scales
+from quantizer.search import RangeChooser, ScaleChoice, output_error, search_scales
 from quantizer.sources import Source, load_checked
 
 _ROUNDINGS = {"nearest": round_nearest, "feedback": round_feedback}
@@ -25,7 +26,8 @@ _ROUNDINGS = {"nearest": round_nearest, "feedback": round_feedback}
 
 @dataclass(frozen=True, slots=True)
 class ScaleReport:
-    """What the search chose for one group of linears; errors are relative to the outputs' own energy."""
+    """What the search chose for one group of linears; errors are relative, tr(dW H dWT) / tr(W H WT), both over the rows
+    searched."""
 
     previous: str
     linears: tuple[str, ...]
@@ -64,6 +66,10 @@ class LayerReport:
     @property
     def error(self) -> float:
         return sum(linear.error for linear in self.linears) / max(1, len(self.linears))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values; the means over the linears too."""
+        return {**asdict(self), "error_nearest": self.error_nearest, "error": self.error}
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,14 +139,16 @@ class LayerQuantizer:
         report = LayerReport(index)
         folded, group_scales, row_scales = dict(tensors), [], {}
         for group, inputs in zip(self.architecture.groups, statistics, strict=True):
-            choice, shared = self._choose(index, group, tensors, inputs), shared_channels(self.source.config, group)
-            scales, rows = fold(folded, group, choice.scales, self.dtype, shared)
+            choice, shared = self._search(index, group, tensors, inputs), shared_channels(self.source.config, group)
+            wanted = torch.ones_like(inputs.mean_abs) if choice is None else choice.scales
+            scales, rows = fold(folded, group, wanted, self.dtype, shared)
             group_scales.append(scales)
             if rows.numel():
                 row_scales[group.previous] = rows
-            report.scales.append(_scale_report(group, choice, tensors, inputs))
-            if self.options.scales and choice.is_identity:
-                report.skipped.append(f"scales of {', '.join(group.linears)}")
+            if choice is not None:
+                report.scales.append(_scale_report(group, choice))
+                if choice.is_identity:
+                    report.skipped.append(f"scales of {', '.join(group.linears)}")
         dense = {name: self._as_stored(index, name, tensor) for name, tensor in folded.items()}
         written = {f"{self.architecture.layer_prefix(index)}{name}": tensor for name, tensor in dense.items()}
         for group, inputs, scales in zip(self.architecture.groups, statistics, group_scales, strict=True):
@@ -157,13 +165,14 @@ class LayerQuantizer:
                     report.skipped.append(f"clip of {linear}")
         return LayerResult(written, report), {name: tensor.float() for name, tensor in dense.items()}
 
-    def _choose(
+    def _search(
         self, index: int, group: ScaleGroup, tensors: dict[str, Tensor], inputs: InputStatistics
-    ) -> ScaleChoice:
+    ) -> ScaleChoice | None:
+        """None where there is nothing to search for: no scales are wanted, or none of the group's linears is quantized."""
         weights = [tensors[f"{name}.weight"] for name in group.linears if self._converts(index, name)]
         channels = inputs.mean_abs.shape[0]
         if not weights or not self.options.scales:
-            return identity_choice(channels)
+            return None
         shared = shared_channels(self.source.config, group)
         return search_scales(
             torch.cat(weights), inputs, self._group_size(channels), shared, EFFORTS[self.options.effort]
@@ -269,11 +278,8 @@ def check_divisible(
                 )
 
 
-def _scale_report(
-    group: ScaleGroup, choice: ScaleChoice, tensors: dict[str, Tensor], inputs: InputStatistics
-) -> ScaleReport:
-    energy = sum(output_error(tensors[f"{name}.weight"], inputs.second_moment) for name in group.linears)
-    relative = 1 / max(energy, 1e-30)
+def _scale_report(group: ScaleGroup, choice: ScaleChoice) -> ScaleReport:
+    relative = 1 / max(choice.energy, 1e-30)
     return ScaleReport(
         group.previous,
         group.linears,

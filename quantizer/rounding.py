@@ -110,10 +110,10 @@ def round_feedback(weight: Tensor, second_moment: Tensor, group_size: int, choos
     return _rounded(integers.t().contiguous(), scales, zeros)
 
 
-def damped(second_moment: Tensor) -> Tensor:
-    """The second moment with DAMPING of its mean diagonal added: what a few tokens do not show is not taken for nothing."""
+def damped(second_moment: Tensor, damping: float = DAMPING) -> Tensor:
+    """The second moment with a part of its mean diagonal added: what a few tokens do not show is not taken for nothing."""
     moment = second_moment.clone()
-    moment.diagonal().add_(DAMPING * second_moment.diagonal().mean().clamp(min=1e-12))
+    moment.diagonal().add_(damping * second_moment.diagonal().mean().clamp(min=1e-12))
     return moment
 
 
@@ -122,12 +122,9 @@ def _inverse_factor(second_moment: Tensor) -> Tensor:
 
     Cholesky of the moment in reverse order gives H = R R^T with R upper triangular, so U is R's inverse.
     """
-    diagonal = second_moment.diagonal().mean().clamp(min=1e-12)
     damping = DAMPING
     while damping < MAX_DAMPING:
-        damped = second_moment.double()
-        damped.diagonal().add_(damping * diagonal)
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        lower, failed = torch.linalg.cholesky_ex(damped(second_moment.double(), damping).flip(0, 1))
         if not failed:
             identity = torch.eye(len(lower), dtype=torch.float64)
             return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True).float()

@@ -7,7 +7,7 @@ import json
 import resource
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from quantizer.layouts import quantization_json
 from quantizer.mappings import Architecture, find_architecture
 from quantizer.pipeline import LayerQuantizer, cast_checked, check_divisible
 from quantizer.sources import Source
-from quantizer.work_folder import WorkFolder, work_folder_path
+from quantizer.work_folder import WorkFolder, is_begun
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,7 @@ def quantize(
     Stopped at any moment, the same call goes on at the next layer and writes the same bytes (but for times in the report).
     """
     started = time.monotonic()
-    if not work_folder_path(out).exists():
+    if not is_begun(out):
         export.check_output(out, overwrite)
     job = prepare(sources.open_source(source_name, revision, offline), options)
     needed = job.estimate()
@@ -130,7 +130,7 @@ def quantize(
                 work.add_tensor(name, cast_checked(name, sources.load_checked(job.source, name, shape), job.dtype))
         _quantize_layers(job, work, progress)
         report = {
-            "command": html_report.command(job.source.description, job.options),
+            "command": html_report.command(source_name, job.options, revision),
             **fingerprint,
             "architecture": job.architecture.name,
             "calibration_tokens": job.tokens.numel(),
@@ -155,7 +155,7 @@ def _quantize_layers(job: Job, work: WorkFolder, progress: bool) -> None:
     with tqdm(total=job.num_layers, initial=first, desc="quantizing", unit="layer", disable=not progress) as bar:
         for result in quantizer.layers(hidden, first):
             report = result.report
-            work.add_layer(report.layer, result.tensors, asdict(report), result.hidden)
+            work.add_layer(report.layer, result.tensors, report.to_dict(), result.hidden)
             bar.set_postfix_str(f"error {report.error:.2e} (nearest {report.error_nearest:.2e})")
             bar.update()
 

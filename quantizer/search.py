@@ -24,13 +24,17 @@ MAX_SCALE_RATIO = 2.0**8
 
 @dataclass(frozen=True, slots=True)
 class ScaleChoice:
-    """Per-channel scales [K] and how they were found; errors are tr(dW H dWT) over the rows looked at."""
+    """Per-channel scales [K] and how they were found.
+
+    Errors are tr(dW H dWT) and energy is tr(W H WT), over the rows looked at.
+    """
 
     scales: Tensor
     formula: str
     exponent: float
     error_identity: float
     error: float
+    energy: float
 
     @property
     def is_identity(self) -> bool:
@@ -45,10 +49,6 @@ def output_error(delta: Tensor, second_moment: Tensor) -> float:
 def output_errors(delta: Tensor, second_moment: Tensor) -> Tensor:
     """The same per row, [N]."""
     return ((delta @ second_moment) * delta).sum(-1)
-
-
-def identity_choice(channels: int, error: float = 0.0) -> ScaleChoice:
-    return ScaleChoice(torch.ones(channels), "identity", 0.0, error, error)
 
 
 def search_scales(
@@ -71,21 +71,22 @@ def search_scales(
     activation = _share(statistics.mean_abs, shared)
     magnitude = _share(_relative_magnitude(weight, group_size), shared)
 
-    def candidate(formula: str, exponent: float, error_identity: float) -> ScaleChoice:
+    def candidate(formula: str, exponent: float) -> ScaleChoice:
         scales = activation.pow(exponent)
         if formula == "weighted":
             scales = scales / magnitude.pow(1 - exponent)
         scales = _centre(scales)
         delta = nearest_values(weight * scales, group_size).div_(scales).sub_(weight)
-        return ScaleChoice(scales, formula, exponent, error_identity, output_error(delta, moment))
+        return ScaleChoice(scales, formula, exponent, error_identity, output_error(delta, moment), energy)
 
+    energy = output_error(weight, moment)
     error_identity = output_error(nearest_values(weight, group_size).sub_(weight), moment)
-    best = identity_choice(weight.shape[1], error_identity)
+    best = ScaleChoice(torch.ones(weight.shape[1]), "identity", 0.0, error_identity, error_identity, energy)
     for formula in ("activation", "weighted"):
-        choices = [candidate(formula, exponent, error_identity) for exponent in exponents]
+        choices = [candidate(formula, exponent) for exponent in exponents]
         top = min(choices, key=lambda choice: choice.error)
         around = [top.exponent - half_step, top.exponent + half_step]
-        choices += [candidate(formula, exponent, error_identity) for exponent in around if exponent <= 1]
+        choices += [candidate(formula, exponent) for exponent in around if exponent <= 1]
         best = min([best, *choices], key=lambda choice: choice.error)
     return best
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,12 @@ from quantizer.files import tensor_digest, write_json, write_safetensors
 STATE_FILE = "state.json"
 DONE_FILE = "done"
 """Beside the assembled checkpoint: it is whole, verified, and may be moved to OUT."""
+_LOCK_FILE = "lock"
 
 
 class WorkFolder:
-    """A context manager: locked while open, kept when an exception passes, removed by `remove`.
+    """A context manager: locked while open, removed by `remove`, and kept when an exception passes if there is anything in it
+    to go on from.
 
     fingerprint: JSON values of everything the output depends on. QuantizeError names what differs from a work folder that is
     already there; `restart` discards that folder instead, as is one without a finished layer.
@@ -40,7 +42,7 @@ class WorkFolder:
 
     def __enter__(self) -> WorkFolder:
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.path / "lock").open("w")
+        self._lock = (self.path / _LOCK_FILE).open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -48,22 +50,22 @@ class WorkFolder:
             raise QuantizeError(f"{self.path}: another awq-quantize is at work there") from None
         try:
             self._open()
-        except BaseException:
-            self._lock.close()
+        except BaseException as error:
+            self.__exit__(type(error))
             raise
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, exception_type: type[BaseException] | None, *exception: object) -> None:
+        if exception_type is not None and self.path.exists() and not _is_begun(self.path):
+            self.remove()
         self._lock.close()
 
     def _open(self) -> None:
         state = self.path / STATE_FILE
-        if state.is_file() and self.num_layers and not self._restart:
+        if state.is_file() and _is_begun(self.path) and not self._restart:
             self._compare(json.loads(state.read_text()))
         else:
-            for path in self.path.iterdir():
-                if path.name != "lock":
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            self._clear(kept=(_LOCK_FILE,))
             write_json(state, self._fingerprint)
         for path in self.path.glob("*.tmp"):
             path.unlink()
@@ -88,7 +90,7 @@ class WorkFolder:
         return count
 
     def _layer(self, index: int) -> Path:
-        return self.path / f"layer-{index:05d}.safetensors"
+        return _layer_file(self.path, index)
 
     def _hidden(self, index: int) -> Path:
         return self.path / f"hidden-{index:05d}.safetensors"
@@ -130,12 +132,40 @@ class WorkFolder:
         return [json.loads(_metadata(self._layer(index))["report"]) for index in range(self.num_layers)]
 
     def remove(self) -> None:
+        """The marks go last: stopped in between, the folder still says that the checkpoint was moved to OUT."""
+        self._clear(kept=(_LOCK_FILE, STATE_FILE, DONE_FILE))
+        (self.path / DONE_FILE).unlink(missing_ok=True)
         shutil.rmtree(self.path)
+
+    def _clear(self, kept: Collection[str]) -> None:
+        for path in self.path.iterdir():
+            if path.name not in kept:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def work_folder_path(out: Path) -> Path:
     out = out.absolute()
     return out.with_name(f".{out.name}.partial")
+
+
+def is_begun(out: Path) -> bool:
+    """Whether an earlier run left anything beside OUT to go on from."""
+    return _is_begun(work_folder_path(out))
+
+
+def _is_begun(work: Path) -> bool:
+    return (work / DONE_FILE).is_file() or _layer_file(work, 0).is_file()
+
+
+def _layer_file(work: Path, index: int) -> Path:
+    return work / f"layer-{index:05d}.safetensors"
+
+
+def reusable_bytes(out: Path) -> int:
+    """Bytes on disk of finished parts and of a checkpoint being made of them."""
+    work = work_folder_path(out)
+    paths = [*work.glob("*.safetensors"), *(work / "checkpoint").rglob("*")]
+    return sum(path.stat().st_size for path in paths if path.is_file())
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

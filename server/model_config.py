@@ -268,8 +268,9 @@ def _compressed_tensors(declared: Mapping[str, Any], file: str) -> QuantizationC
     weights = groups[0].get("weights") or {}
     _only(file, "config_groups: num_bits", weights.get("num_bits"), 4)
     _only(file, "config_groups: type", weights.get("type", "int"), "int")
-    if weights.get("actorder") == "group":
-        raise ModelError(f"{file}: config_groups: actorder 'group' (activation order) is not supported")
+    actorder = weights.get("actorder")
+    if actorder in ("group", "dynamic", True):  # "weight" and "static" leave the groups as they are
+        raise ModelError(f"{file}: config_groups: actorder {actorder!r} (activation order) is not supported")
     strategy = weights.get("strategy", "group" if weights.get("group_size") else "channel")
     if strategy not in ("group", "channel"):
         raise ModelError(f"{file}: config_groups: strategy {strategy!r} is not supported; supported: group, channel")

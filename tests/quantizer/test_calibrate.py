@@ -14,9 +14,9 @@ from quantizer.calibrate import (
     builtin_documents,
     calibration_tokens,
     pack_tokens,
-    read_documents,
 )
 from quantizer.config import QuantizeError
+from quantizer.documents import read_documents
 from quantizer.mappings import find_architecture
 from quantizer.sources import open_source
 from tests.tiny_models import TINY_MODELS, load_reference
@@ -36,9 +36,9 @@ def test_files_folders_and_chats_are_read(tmp_path: Path, tiny_tokenizer: PreTra
     lines.parent.mkdir()
     text.write_text("One document.\n\nStill the same.")
     chat = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": " Because."}]
-    lines.write_text('{"text": "first", "id": 1}\n\n"second"\n' + json.dumps({"messages": chat}))
+    lines.write_text('{"text": "first", "id": 1}\n\n"second\u2028half"\r\n' + json.dumps({"messages": chat}))
     (tmp_path / "b" / "picture.png").write_bytes(b"\xff\xfe")
-    one, others = ["One document.\n\nStill the same."], ["first", "second", "Why? Because."]
+    one, others = ["One document.\n\nStill the same."], ["first", "second\u2028half", "Why? Because."]
     assert read_documents(str(text), tiny_tokenizer) == one
     assert read_documents(str(lines), tiny_tokenizer) == others
     assert read_documents(str(tmp_path), tiny_tokenizer) == one + others

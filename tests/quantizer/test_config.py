@@ -26,6 +26,15 @@ def test_foreign_quant_config_is_refused_by_field(field: str, value: object) -> 
         QuantConfig.from_dict({**QuantConfig(64).to_dict(), field: value})
 
 
+def test_foreign_compressed_tensors_are_refused_by_field() -> None:
+    """Symmetric ones have no zero points to read."""
+    data = QuantConfig(64).to_compressed_tensors(["lm_head"])
+    assert QuantConfig.from_compressed_tensors(data) == QuantConfig(64, ("lm_head",))
+    data["config_groups"]["group_0"]["weights"]["symmetric"] = True
+    with pytest.raises(QuantizeError, match=r"symmetric.*True"):
+        QuantConfig.from_compressed_tensors(data)
+
+
 def test_modules_match_by_substring_and_lm_head_is_always_listed() -> None:
     config = QuantizeOptions(modules_to_not_convert=("down_proj",)).quant_config
     assert config.modules_to_not_convert == ("down_proj", "lm_head")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -55,6 +56,15 @@ def test_refusals_say_what_would_fit(tmp_path: Path) -> None:
         estimate.check_fits(needed, 1_900_000_000, needed.disk_bytes, tmp_path)
     with pytest.raises(QuantizeError, match=re.escape("1.0 GB of disk, 0.5 GB are free")):
         estimate.check_fits(needed, needed.memory_bytes, 500_000_000, tmp_path)
+
+
+def test_parts_that_are_there_already_are_no_lack_of_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    (work_folder_path(out) / "checkpoint").mkdir(parents=True)
+    for name in ("layer-00000.safetensors", "checkpoint/model.safetensors"):
+        (work_folder_path(out) / name).write_bytes(bytes(1000))
+    monkeypatch.setattr(estimate.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10_000, 9_000, 1_000))
+    assert estimate.free_disk_bytes(out) == 3_000
 
 
 def test_nothing_is_begun_that_does_not_fit(

@@ -41,6 +41,12 @@ def test_every_number_is_the_jsons(make_checkpoint: Callable[..., Path], tmp_pat
     for layer in report["layers"]:
         assert set(_numbers(layer["linears"])) | set(_numbers(layer["scales"])) <= shown_values
     assert {repr(report["evaluation"][key]) for key in ("perplexity", "kl_mean", "bits_per_weight")} <= shown_values
+    plotted = re.findall(r"<title>layer (\d+): ([^<]+)</title>", page)
+    means = [layer[key] for key in ("error_nearest", "error") for layer in report["layers"]]
+    assert [float(value) for _, value in plotted] == means
+    for layer in report["layers"]:
+        errors = [linear["error"] for linear in layer["linears"]]
+        assert layer["error"] == pytest.approx(sum(errors) / len(errors))
     assert page == render(report)
     assert not re.search(r"<script|src=|href=|@import|url\(", page)
 
@@ -59,12 +65,12 @@ def test_names_are_escaped(make_checkpoint: Callable[..., Path], tmp_path: Path)
     [
         QuantizeOptions(),
         QuantizeOptions(group_size=64, effort="fast", format="compressed-tensors", clip=False, seed=3),
-        QuantizeOptions(method="rtn", samples=4, dtype="bfloat16", max_shard_bytes=1_500_000_000),
+        QuantizeOptions(method="rtn", samples=4, dtype="bfloat16", max_shard_bytes=1_500_000_001),
         QuantizeOptions(rounding="nearest", scales=False, modules_to_not_convert=("k_proj", "layers.0.")),
     ],
 )
 def test_the_command_repeats_the_options(options: QuantizeOptions) -> None:
-    words = shlex.split(command("a folder/model", options.resolved()))
+    words = shlex.split(command("a folder/model", options.resolved(), "v 1"))
     parsed = build_parser().parse_args(words[1:])
-    assert parsed.source == "a folder/model"
+    assert (parsed.source, parsed.revision) == ("a folder/model", "v 1")
     assert options_from_arguments(parsed).resolved() == options.resolved()

@@ -156,7 +156,13 @@ def test_modules_left_out_stay_dense_and_the_model_still_computes(
 ) -> None:
     source, out = make_checkpoint("mistral", initializer_range=0.08), tmp_path / "out"
     skipped = ("k_proj", "down_proj", "layers.1.")
-    _run(source, out, group_size=group_size, modules_to_not_convert=skipped)
+    report = _run(source, out, group_size=group_size, modules_to_not_convert=skipped)
+    assert not report["layers"][1]["scales"] and not report["layers"][1]["skipped"], "nothing was tried there"
+    assert [scales["previous"] for scales in report["layers"][0]["scales"]] == [
+        "input_layernorm",
+        "self_attn.v_proj",
+        "post_attention_layernorm",
+    ]
     tensors = _tensors(out)
     quantized = {name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")}
     assert quantized == {
@@ -181,6 +187,7 @@ def test_unscaled_nearest_is_plain_rounding_of_the_source(make_checkpoint: Calla
         if name.endswith("_proj.weight"):
             assert torch.equal(written[name], nearest_values(tensor.float(), 32)), name
     assert report["options"]["rounding"] == "nearest" and not report["options"]["clip"]
+    assert not any(layer["scales"] or layer["skipped"] for layer in report["layers"])
 
 
 def test_output_is_never_overwritten_by_accident(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
@@ -254,8 +261,27 @@ def test_command_line_quantizes_and_evaluates(
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["num_tokens"] == 8 * 63 and result["kl_mean"] > 0 and 0 < result["top_1_agreement"] <= 1
     assert result["perplexity"] > 1 and result["reference_perplexity"] > 1 and result["bits_per_weight"] > 4
+    assert result["bytes"] == (out / "model.safetensors").stat().st_size
     assert main(["evaluate", str(tmp_path / "nowhere")]) == 1
     assert "no such folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+def test_a_damaged_checkpoint_is_not_evaluated(
+    layout: str, make_checkpoint: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors.torch import save_file
+
+    out = tmp_path / "out"
+    _run(make_checkpoint("llama"), out, format=layout)
+    tensors = load_file(out / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj." + {"awq": "qzeros", "compressed-tensors": "weight_zero_point"}[layout]
+    save_file({**tensors, name: tensors[name][:, :-1].contiguous()}, out / "model.safetensors")
+    assert main(["evaluate", str(out), "--sequence-length", "64"]) == 1
+    assert "error: model.layers.1.mlp.up_proj" in capsys.readouterr().err
+    save_file({key: tensor for key, tensor in tensors.items() if key != name}, out / "model.safetensors")
+    assert main(["evaluate", str(out), "--sequence-length", "64"]) == 1
+    assert f"missing tensor {name}" in capsys.readouterr().err
 
 
 def test_a_model_is_no_distance_from_itself(make_checkpoint: Callable[..., Path]) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import itertools
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from quantizer import export, files, pipeline, run
 from quantizer.__main__ import main
 from quantizer.config import QuantizeError, QuantizeOptions
 from quantizer.run import quantize
-from quantizer.work_folder import work_folder_path
+from quantizer.work_folder import DONE_FILE, STATE_FILE, WorkFolder, is_begun, work_folder_path
 
 OPTIONS = QuantizeOptions(group_size=32, samples=4, sequence_length=64, max_shard_bytes=120_000)
 
@@ -79,31 +82,114 @@ def test_stopped_around_every_rename(
     assert not work_folder_path(out).exists()
 
 
-def _killed_at_random(source: Path, out: Path, kills: int, seed: int) -> int:
-    """Runs in processes of their own, killed after a random part of a whole run's time; returns how many died so."""
-    context, died = multiprocessing.get_context("fork"), 0
-    started = time.monotonic()
-    _run(source, out.with_name("expected"))
-    whole, generator = time.monotonic() - started, random.Random(seed)
-    for _ in range(kills):
+def _killed_at_random(source: Path, out: Path, expected: dict[str, bytes], whole: float, kills: int) -> list[int]:
+    """Runs in processes of their own until so many were killed, each after a random part of a whole run's seconds.
+
+    Every OUT that gets finished is compared and a new one begun. Returns the finished layers each of the killed left.
+    """
+    context, generator = multiprocessing.get_context("fork"), random.Random(kills)
+    moments = [whole * (index + generator.random()) / kills for index in range(kills)]
+    generator.shuffle(moments)
+    finished: list[int] = []
+    for moment in itertools.islice(itertools.cycle(moments), 10 * kills):
         process = context.Process(target=_run, args=(source, out))
         process.start()
-        process.join(generator.uniform(0, 0.8) * whole)
+        process.join(moment)
         process.kill()
         process.join()
-        died += process.exitcode == -signal.SIGKILL
-        if out.exists() and not work_folder_path(out).exists():
+        assert process.exitcode in (0, -signal.SIGKILL)
+        if process.exitcode:
+            finished.append(len(list(work_folder_path(out).glob("layer-*.safetensors"))))
+        if out.exists() and not is_begun(out):
+            assert _bytes(out) == expected
+            shutil.rmtree(out)
+        if len(finished) == kills:
             break
-    return died
+    return finished
 
 
 @pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(kills: int, make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    source, out = make_checkpoint("qwen3", num_hidden_layers=4 + kills), tmp_path / "out"
-    assert _killed_at_random(source, out, kills, seed=kills) >= 1
-    if not out.exists() or work_folder_path(out).exists():
+    source, out = make_checkpoint("qwen3", num_hidden_layers=6), tmp_path / "out"
+    started = time.monotonic()
+    _run(source, tmp_path / "expected")
+    whole, expected = time.monotonic() - started, _bytes(tmp_path / "expected")
+    finished = _killed_at_random(source, out, expected, whole, kills)
+    assert len(finished) == kills and any(finished), "none got as far as a layer"
+    _run(source, out)
+    assert _bytes(out) == expected and not work_folder_path(out).exists()
+
+
+def test_stopped_while_it_cleans_up(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = make_checkpoint("llama"), tmp_path / "out"
+    work = work_folder_path(out)
+
+    def clear_one(self: WorkFolder, kept: Collection[str]) -> None:
+        if DONE_FILE in kept:
+            (work / "layer-00000.safetensors").unlink()
+            raise Stop
+        clear(self, kept)
+
+    clear = WorkFolder._clear
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkFolder, "_clear", clear_one)
+        with pytest.raises(Stop):
+            _run(source, out)
+    written = _bytes(out)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.LayerQuantizer, "quantize_layer", None)  # nothing is done again
+        assert len(_run(source, out)["layers"]) == 3
+    assert _bytes(out) == written and not work.exists()
+    # The last moment: the marks are gone, the folder is not.
+    work.mkdir()
+    (work / STATE_FILE).write_text("{}")
+    with pytest.raises(QuantizeError, match="not empty"):
         _run(source, out)
-    assert _bytes(out) == _bytes(tmp_path / "expected")
+    _run(source, out, overwrite=True)
+    assert _bytes(out) == written and not work.exists()
+
+
+def test_everything_is_flushed_before_it_appears(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    flushed: set[int] = set()
+    appeared: list[Path] = []
+    fsync, replace = os.fsync, os.replace
+
+    def recording(descriptor: int) -> None:
+        fsync(descriptor)
+        flushed.add(os.fstat(descriptor).st_ino)
+
+    def checking(old: Path, new: Path) -> None:
+        if new == out:
+            appeared.extend([old, *Path(old).rglob("*")])
+            assert [path.name for path in appeared if path.stat().st_ino not in flushed] == []
+        replace(old, new)
+
+    monkeypatch.setattr(files.os, "fsync", recording)
+    monkeypatch.setattr(files.os, "replace", checking)
+    _run(make_checkpoint("llama"), out)
+    assert len(appeared) > 6
+
+
+def test_a_failure_before_the_first_layer_leaves_nothing(
+    make_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source, out = make_checkpoint("llama"), tmp_path / "out"
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    assert main([str(source), str(out), "--group-size", "32", "--samples", "4", "--sequence-length", "64"]) == 1
+    assert "awq-quantize: error: [Errno 28] No space left on device" in capsys.readouterr().err
+    assert not out.exists() and not work_folder_path(out).exists()
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from quantizer.calibrate import InputStatistics
@@ -38,6 +40,16 @@ def test_salient_channels_are_protected_and_the_reported_error_is_real() -> None
     assert choice.scales[3] > 2 * choice.scales[4]
     delta = nearest_values(weight * choice.scales, 32) / choice.scales - weight
     assert abs(output_error(delta, statistics.second_moment) / choice.error - 1) < 1e-5
+
+
+def test_error_and_energy_are_of_the_same_rows() -> None:
+    """Else their ratio would depend on how many rows the search leaves out."""
+    weight, inputs = _salient()
+    statistics, effort = _statistics(inputs), replace(EFFORTS["fast"], search_rows=16)
+    choice, rows = search_scales(weight, statistics, 32, effort=effort), weight[::4]
+    assert abs(choice.energy / output_error(rows, statistics.second_moment) - 1) < 1e-5
+    delta = nearest_values(rows, 32) - rows
+    assert abs(choice.error_identity / output_error(delta, statistics.second_moment) - 1) < 1e-5
 
 
 def test_identity_is_chosen_where_nothing_is_better() -> None:

@@ -67,6 +67,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (compressed_config(32, False, num_bits=8), "num_bits 8 is not supported; supported: 4"),
     (compressed_config(32, False, type="float"), "type 'float' is not supported; supported: int"),
     (compressed_config(32, False, actorder="group"), r"actorder 'group' \(activation order\) is not supported"),
+    (compressed_config(32, False, actorder="dynamic"), r"actorder 'dynamic' \(activation order\) is not supported"),
     (compressed_config(32, False, strategy="block"), "strategy 'block' is not supported; supported: group, channel"),
     ({**compressed_config(32, False), "config_groups": {}}, "expected one way to store weights, found 0 groups"),
     ({**compressed_config(32, False), "kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme .* is not supported"),
