@@ -169,7 +169,8 @@ class _Collector:
             raise _Captured
 
     def result(self) -> InputStatistics:
-        return InputStatistics(self.moment / self.num_tokens, self.absolute / self.num_tokens, self.num_tokens)
+        """Once, at the end: the sums become the means, in place."""
+        return InputStatistics(self.moment.div_(self.num_tokens), self.absolute.div_(self.num_tokens), self.num_tokens)
 
 
 def _batches(hidden: Tensor) -> tuple[Tensor, ...]:

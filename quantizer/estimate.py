@@ -58,8 +58,13 @@ def estimate(
     moments = sum(columns**2 for _, columns in groups)
     forward = 4 * BATCH_TOKENS * (4 * max(rows for rows, _ in groups) + 8 * hidden_size)
     capture = 4 * (layer + moments) + forward
-    # Original, folded and dequantized layer; a moment scaled, damped, factored and inverted in fp64; columns as they are updated.
-    rounding = 4 * (3 * layer + moments) + max(32 * columns**2 + 12 * rows * columns for rows, columns in groups)
+    # Original, folded and dequantized layer, and for one group of linears: a scaled moment and two matrices in fp64 while it is
+    # factored; then the factor, and the columns as they are updated or refined.
+    per_weight = 21 if EFFORTS[options.effort].sweeps else 12
+    rounding = 4 * (3 * layer + moments) + max(
+        max(20 * columns**2 + 4 * rows * columns, 8 * columns**2 + per_weight * rows * columns)
+        for rows, columns in groups
+    )
     fixed = PROCESS_BYTES + max(capture, rounding, 8 * max(others))
     packed = num_layers * layer * (4 + 20 / options.group_size if options.group_size > 0 else 4) / 8 + 2 * sum(others)
     operations = num_layers * _layer_operations(options, groups, layer, tokens)
