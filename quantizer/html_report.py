@@ -125,15 +125,17 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def _plot(layers: Sequence[Mapping[str, Any]]) -> str:
     """Two lines over the layers, from zero."""
     means = {key: [layer[key] for layer in layers] for key, _, _ in _SERIES}
-    top = max(max(values) for values in means.values()) or 1.0
+    top = max(max(values) for values in means.values())
     step = (_WIDTH - 2 * _MARGIN) / max(1, len(layers) - 1)
     base = _HEIGHT - _MARGIN / 2
 
     def point(index: int, value: float) -> tuple[float, float]:
-        return _MARGIN + index * step, base - value / top * (_HEIGHT - _MARGIN)
+        return _MARGIN + index * step, base - value / (top or 1.0) * (_HEIGHT - _MARGIN)
 
     parts = [
         f'<line x1="{_MARGIN}" y1="{base}" x2="{_WIDTH - _MARGIN}" y2="{base}" stroke="#999"/>',
+        f'<line x1="{_MARGIN}" y1="{base}" x2="{_MARGIN}" y2="{_MARGIN / 2}" stroke="#999"/>',
+        f'<text x="{_MARGIN}" y="{_MARGIN / 2 - 5}"><title>{top!r}</title>{top:.4g}</text>',
         f'<text x="{_MARGIN}" y="{_HEIGHT - 6}">layer 0</text>',
         f'<text x="{_WIDTH - _MARGIN}" y="{_HEIGHT - 6}" text-anchor="end">layer {len(layers) - 1}</text>',
     ]

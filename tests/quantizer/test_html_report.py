@@ -44,6 +44,7 @@ def test_every_number_is_the_jsons(make_checkpoint: Callable[..., Path], tmp_pat
     plotted = re.findall(r"<title>layer (\d+): ([^<]+)</title>", page)
     means = [layer[key] for key in ("error_nearest", "error") for layer in report["layers"]]
     assert [float(value) for _, value in plotted] == means
+    assert f"<title>{max(means)!r}</title>" in page, "the plot's scale"
     for layer in report["layers"]:
         errors = [linear["error"] for linear in layer["linears"]]
         assert layer["error"] == pytest.approx(sum(errors) / len(errors))
