@@ -6,21 +6,20 @@ import argparse
 import logging
 import os
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from quantizer.config import DTYPES, GROUP_SIZES, METHODS, ROUNDINGS, QuantizeError, QuantizeOptions
+from quantizer.config import DTYPES, EFFORTS, FORMATS, GROUP_SIZES, METHODS, ROUNDINGS, QuantizeError, QuantizeOptions
 
 _DESCRIPTION = """\
 Quantize a language model to 4-bit AWQ: awq-quantize SOURCE OUT
 Measure what it cost:                   awq-quantize evaluate CHECKPOINT --reference SOURCE
 
 SOURCE is a checkpoint folder with safetensors, a .gguf file, or a Hugging Face repository id (owner/name).
-OUT becomes a folder in the standard AWQ "gemm" format, with tokenizer, chat template and generation config carried
-over and quantization_report.json beside the weights. It appears only when it is whole and has been read back.
+OUT becomes a folder in the standard AWQ "gemm" format (or compressed-tensors), with tokenizer, chat template and
+generation config carried over and quantization_report.json beside the weights. It appears only when it is whole and
+has been read back.
+Stop it at any moment: the same command goes on at the next layer, and writes what it would have written.
 Llama, Mistral, Qwen2 and Qwen3 models are supported.
 """
 
@@ -45,6 +44,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("source", metavar="SOURCE", help="checkpoint folder, .gguf file or repository id")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is already at OUT")
+    parser.add_argument(
+        "--restart", action="store_true", help="discard what an interrupted run of another command left beside OUT"
+    )
+    parser.add_argument(
+        "--no-memory-check", action="store_true", help="start even if memory or disk will not do by the estimate"
+    )
     add_source_arguments(parser)
 
     form = parser.add_argument_group("format")
@@ -54,6 +59,12 @@ def build_parser() -> argparse.ArgumentParser:
         default=defaults.group_size,
         choices=GROUP_SIZES,
         help="inputs that share a scale; -1 is a whole row. Smaller is better, but larger (default: %(default)s)",
+    )
+    form.add_argument(
+        "--format",
+        default=defaults.format,
+        choices=FORMATS,
+        help="awq is the gemm layout; compressed-tensors is its pack-quantized one, of the same integers (default: %(default)s)",
     )
     form.add_argument(
         "--dtype",
@@ -84,6 +95,13 @@ def build_parser() -> argparse.ArgumentParser:
         choices=METHODS,
         help="awq searches scales and clips; rtn only rounds to nearest (default: %(default)s)",
     )
+    method.add_argument(
+        "--effort",
+        default=defaults.effort,
+        choices=tuple(EFFORTS),
+        help="fast searches more coarsely and on half of the text; high more finely and on more text, and refines integers and "
+        "scales after rounding (default: %(default)s)",
+    )
     method.add_argument("--no-scales", action="store_true", help="skip the search for per-channel scales")
     method.add_argument("--no-clip", action="store_true", help="skip the search for clipped ranges")
     method.add_argument(
@@ -98,11 +116,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--calibration",
         default=defaults.calibration,
         metavar="TEXT",
-        help="'builtin' (English text and code of Python, prose of this package, random tokens), a text file, or a .jsonl "
-        "file with a string or an object "
-        "with 'text' per line (default: %(default)s)",
+        help="'builtin' (English text and code of Python, prose of this package, random tokens), a text file, a .jsonl file, or "
+        "a folder of them. A line of a .jsonl file is a string, an object with 'text', or a chat under 'messages', which gets "
+        "the model's chat template (default: %(default)s)",
     )
-    calibration.add_argument("--samples", type=int, default=defaults.samples, help="sequences (default: %(default)s)")
+    samples = ", ".join(f"{effort.samples} for {name}" for name, effort in EFFORTS.items())
+    calibration.add_argument("--samples", type=int, help=f"sequences (default: by effort, {samples})")
     calibration.add_argument(
         "--sequence-length", type=int, default=defaults.sequence_length, help="tokens of each (default: %(default)s)"
     )
@@ -119,7 +138,9 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
 def options_from_arguments(arguments: argparse.Namespace) -> QuantizeOptions:
     return QuantizeOptions(
         group_size=arguments.group_size,
+        format=arguments.format,
         method=arguments.method,
+        effort=arguments.effort,
         scales=not arguments.no_scales,
         clip=not arguments.no_clip,
         rounding=arguments.rounding,
@@ -129,71 +150,8 @@ def options_from_arguments(arguments: argparse.Namespace) -> QuantizeOptions:
         seed=arguments.seed,
         dtype=arguments.dtype,
         modules_to_not_convert=tuple(arguments.modules_to_not_convert),
-        max_shard_bytes=int(arguments.max_shard_size * 1e9),
+        max_shard_bytes=round(arguments.max_shard_size * 1e9),
     )
-
-
-def quantize(
-    source_name: str,
-    out: Path,
-    options: QuantizeOptions,
-    *,
-    revision: str | None = None,
-    offline: bool = False,
-    overwrite: bool = False,
-    progress: bool = True,
-) -> dict[str, Any]:
-    """Quantizes SOURCE into OUT and returns the report that was written. QuantizeError for what the user can mend."""
-    import torch
-    from tqdm import tqdm
-
-    from quantizer import export, pipeline, sources
-    from quantizer.calibrate import calibration_tokens
-    from quantizer.mappings import find_architecture
-
-    export.check_output(out, overwrite)
-    started = time.monotonic()
-    source = sources.open_source(source_name, revision, offline)
-    architecture = find_architecture(source.config)
-    shapes = sources.check_tensors(source)
-    num_layers = source.config.num_hidden_layers
-    pipeline.check_divisible(architecture, options, shapes, num_layers)
-    dtype = source.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
-    if dtype not in (torch.float16, torch.bfloat16):
-        dtype = torch.float16
-    tokens = calibration_tokens(
-        source.tokenizer(),
-        source.config.vocab_size,
-        options.calibration,
-        options.samples,
-        options.sequence_length,
-        options.seed,
-    )
-    quantizer = pipeline.LayerQuantizer(source, architecture, options, shapes, dtype)
-    layers = []
-    with export.CheckpointWriter(out, options.max_shard_bytes, overwrite) as writer:
-        with tqdm(total=num_layers, desc="quantizing", unit="layer", disable=not progress) as bar:
-            for result in quantizer.layers(tokens):
-                for name, tensor in result.tensors.items():
-                    writer.add(name, tensor)
-                layers.append(result.report)
-                bar.set_postfix_str(f"error {result.report.error:.2e} (nearest {result.report.error_nearest:.2e})")
-                bar.update()
-        for name, shape in shapes.items():
-            if not name.startswith(f"{architecture.layers}."):
-                writer.add(name, pipeline.cast_checked(name, sources.load_checked(source, name, shape), dtype))
-        report = {
-            "source": source.description,
-            "architecture": architecture.name,
-            "options": options.resolved().to_dict(),
-            "calibration_tokens": tokens.numel(),
-            "versions": pipeline.versions(),
-            "seconds": round(time.monotonic() - started, 1),
-            "bytes": writer.total_bytes,
-            "layers": [asdict(layer) for layer in layers],
-        }
-        writer.finish(source, options.quant_config, dtype, report)
-    return report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -211,6 +169,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             return evaluate_main(arguments[1:])
         parsed = build_parser().parse_args(arguments)
+        # Loads torch: what is wrong with the arguments is said without waiting for it.
+        from quantizer.run import quantize
+
         report = quantize(
             parsed.source,
             parsed.out,
@@ -218,8 +179,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             revision=parsed.revision,
             offline=parsed.offline,
             overwrite=parsed.overwrite,
+            restart=parsed.restart,
+            memory_check=not parsed.no_memory_check,
         )
-    except QuantizeError as error:
+    except KeyboardInterrupt:
+        more = "" if arguments[:1] == ["evaluate"] else "; the same command goes on at the next layer"
+        print(f"awq-quantize: interrupted{more}", file=sys.stderr)
+        return 130
+    except (QuantizeError, OSError) as error:
         print(f"awq-quantize: error: {error}", file=sys.stderr)
         return 1
     megabytes = report["bytes"] / 1e6

@@ -6,11 +6,9 @@ import contextlib
 import copy
 import importlib
 import inspect
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from quantizer.config import QuantizeError
+from quantizer.documents import read_documents
 from quantizer.mappings import Architecture
 from quantizer.prose import PROSE
 
@@ -93,38 +92,6 @@ def _prose(text: str) -> str:
     return "\n\n".join(kept)
 
 
-def read_documents(calibration: str) -> list[str]:
-    """Documents of a calibration source: `builtin`, a .jsonl file (`text` or a string per line) or a text file."""
-    if calibration == "builtin":
-        return [*general_documents(), *code_documents(), *builtin_documents()]
-    path = Path(calibration)
-    if not path.is_file():
-        raise QuantizeError(f"calibration: {calibration!r} is neither 'builtin' nor a file")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise QuantizeError(f"{path}: not UTF-8 text: {error}") from error
-    documents = list(_jsonl(path, text)) if path.suffix == ".jsonl" else [text]
-    documents = [document for document in documents if document.strip()]
-    if not documents:
-        raise QuantizeError(f"{path}: holds no text")
-    return documents
-
-
-def _jsonl(path: Path, text: str) -> Iterator[str]:
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise QuantizeError(f"{path}:{number}: not JSON: {error}") from error
-        value = record.get("text") if isinstance(record, dict) else record
-        if not isinstance(value, str):
-            raise QuantizeError(f"{path}:{number}: expected a string or an object with a string under 'text'")
-        yield value
-
-
 def pack_tokens(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], length: int) -> Tensor:
     """All documents end to end, an end-of-sequence token between them, cut into rows of `length`. int64 [rows, length].
 
@@ -150,7 +117,7 @@ def calibration_tokens(
     """
     generator = torch.Generator().manual_seed(seed)
     if calibration != "builtin":
-        return _draw(pack_tokens(tokenizer, read_documents(calibration), length), samples, generator)
+        return _draw(pack_tokens(tokenizer, read_documents(calibration, tokenizer), length), samples, generator)
     general = _draw(pack_tokens(tokenizer, general_documents(), length), -(-samples // 3), generator)
     code = _draw(pack_tokens(tokenizer, code_documents(), length), samples // 4, generator)
     # A tokenizer may know more tokens than the model has embeddings for, or fewer.
@@ -202,7 +169,8 @@ class _Collector:
             raise _Captured
 
     def result(self) -> InputStatistics:
-        return InputStatistics(self.moment / self.num_tokens, self.absolute / self.num_tokens, self.num_tokens)
+        """Once, at the end: the sums become the means, in place."""
+        return InputStatistics(self.moment.div_(self.num_tokens), self.absolute.div_(self.num_tokens), self.num_tokens)
 
 
 def _batches(hidden: Tensor) -> tuple[Tensor, ...]:

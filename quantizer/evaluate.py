@@ -8,14 +8,17 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from kernels.format import AWQ_TENSORS, AwqWeight
-from quantizer.calibrate import builtin_documents, pack_tokens, read_documents
+from quantizer.calibrate import builtin_documents, pack_tokens
 from quantizer.config import QuantConfig, QuantizeError
+from quantizer.documents import read_documents
+from quantizer.export import REPORT_FILE, write_report
+from quantizer.layouts import parse_quantization, quantized_modules, read_packed
 from quantizer.sources import SafetensorsSource, Source, expected_shapes, open_source
 
 BATCH_TOKENS = 1024
@@ -34,19 +37,20 @@ class Evaluation:
 
 
 class DequantizedSource:
-    """An AWQ checkpoint seen as a dense one: its quantized linears come as the fp32 weights a server computes with."""
+    """A quantized checkpoint seen as a dense one: its quantized linears come as the fp32 weights a server computes with."""
 
-    def __init__(self, source: SafetensorsSource, quant_config: QuantConfig) -> None:
+    def __init__(self, source: SafetensorsSource, layout: str, quant_config: QuantConfig) -> None:
         self._source = source
-        self._group_size = quant_config.group_size
+        self._layout, self._group_size = layout, quant_config.group_size
+        self._modules = quantized_modules(source.names(), layout)
         self.config = source.config
 
     def load(self, name: str) -> Tensor:
         module = name.removesuffix(".weight")
-        if f"{module}.qweight" not in self._source.names():
+        if module not in self._modules:
             return self._source.load(name)
-        tensors = {kind: self._source.load(f"{module}.{kind}") for kind in AWQ_TENSORS}
-        return AwqWeight.from_tensors(module, tensors, self._group_size).dequantize()
+        kinds = self._modules[module]
+        return read_packed(module, kinds, self._source.load, self._layout, self._group_size).dequantize()
 
 
 def load_model(source: Source | DequantizedSource, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -65,12 +69,12 @@ def load_model(source: Source | DequantizedSource, dtype: torch.dtype = torch.fl
 
 
 def load_checkpoint(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A checkpoint of the AWQ gemm format (or a dense one) in transformers, its weights dequantized."""
+    """A checkpoint of a format written here (or a dense one) in transformers, its weights dequantized."""
     source = SafetensorsSource(folder)
     quantization = source.config_json.get("quantization_config")
     if quantization is None:
         return load_model(source, dtype)
-    return load_model(DequantizedSource(source, QuantConfig.from_dict(quantization)), dtype)
+    return load_model(DequantizedSource(source, *parse_quantization(quantization)), dtype)
 
 
 @torch.no_grad()
@@ -118,18 +122,26 @@ def _negative_log_likelihood(log_probs: Tensor, targets: Tensor) -> float:
     return -float(log_probs.gather(-1, targets.unsqueeze(-1)).sum(dtype=torch.float64))
 
 
-def bits_per_weight(folder: Path) -> float:
-    """Bits on disk per parameter of the dense model, everything included."""
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Of the safetensors files on disk, everything included, also per parameter of the dense model."""
+
+    bytes: int
+    bits_per_weight: float
+
+
+def size_on_disk(folder: Path) -> Size:
     source = SafetensorsSource(folder)
     parameters = sum(math.prod(shape) for shape in expected_shapes(source.config).values())
     stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    return 8 * stored / parameters
+    return Size(stored, 8 * stored / parameters)
 
 
 def evaluation_rows(tokenizer_source: SafetensorsSource, text: str, length: int, max_tokens: int) -> Tensor:
     """Token rows of a text: `builtin` is the held-out part of the builtin text, which no calibration sees."""
-    documents = builtin_documents(held_out=True) if text == "builtin" else read_documents(text)
-    rows = pack_tokens(tokenizer_source.tokenizer(), documents, length)
+    tokenizer = tokenizer_source.tokenizer()
+    documents = builtin_documents(held_out=True) if text == "builtin" else read_documents(text, tokenizer)
+    rows = pack_tokens(tokenizer, documents, length)
     return rows[: max(1, max_tokens // length)] if max_tokens else rows
 
 
@@ -152,6 +164,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-tokens", type=int, default=32768, help="score at most these; 0 is all (default: %(default)s)"
     )
+    parser.add_argument(
+        "--report", action="store_true", help="put the result into CHECKPOINT's quantization_report too"
+    )
     hub = parser.add_argument_group("Hugging Face hub, for --reference")
     hub.add_argument("--revision", metavar="REV", help="branch, tag or commit")
     hub.add_argument("--offline", action="store_true", help="use only the local hub cache")
@@ -171,13 +186,23 @@ def main(argv: Sequence[str]) -> int:
     if arguments.reference:
         reference = load_model(open_source(arguments.reference, arguments.revision, arguments.offline))
     evaluation = evaluate(load_checkpoint(arguments.checkpoint), rows, reference)
-    print_evaluation(evaluation, bits_per_weight(arguments.checkpoint))
+    result = {**asdict(evaluation), **asdict(size_on_disk(arguments.checkpoint))}
+    if arguments.report:
+        add_to_report(arguments.checkpoint, {"text": arguments.text, **result})
+    print_evaluation(result)
     return 0
 
 
-def print_evaluation(evaluation: Evaluation, bits: float) -> None:
-    """A table for people, then one line of JSON."""
-    data = {**asdict(evaluation), "bits_per_weight": round(bits, 3)}
+def add_to_report(folder: Path, evaluation: dict[str, Any]) -> None:
+    """Puts an evaluation into the report that lies beside the weights."""
+    path = folder / REPORT_FILE
+    if not path.is_file():
+        raise QuantizeError(f"{path}: no such file; --report is for checkpoints that awq-quantize wrote")
+    write_report(folder, {**json.loads(path.read_text()), "evaluation": evaluation})
+
+
+def print_evaluation(data: dict[str, Any]) -> None:
+    """A table for people, then one line of JSON. data: the fields of an Evaluation and a Size."""
     labels = {
         "num_tokens": "tokens scored",
         "reference_perplexity": "perplexity, original",
@@ -185,6 +210,7 @@ def print_evaluation(evaluation: Evaluation, bits: float) -> None:
         "kl_mean": "KL divergence, mean",
         "kl_percentile_99": "KL divergence, 99th percentile",
         "top_1_agreement": "same first choice",
+        "bytes": "bytes on disk",
         "bits_per_weight": "bits per weight on disk",
     }
     for key, label in labels.items():

@@ -1,103 +1,113 @@
-"""Writing a checkpoint as it is made, putting it in place only when it is whole, and reading it back."""
+"""From finished parts to a checkpoint: shards, config and report put together, read back, and moved to OUT in one rename."""
 
 from __future__ import annotations
 
-import hashlib
 import json
+import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 from transformers import AutoConfig
 
-from kernels.format import AWQ_TENSORS, AwqWeight
-from quantizer.config import QuantConfig, QuantizeError
+from quantizer import html_report
+from quantizer.config import QuantizeError
+from quantizer.files import (
+    num_bytes,
+    read_entries,
+    sync_folder,
+    sync_tree,
+    tensor_digest,
+    write_atomically,
+    write_json,
+    write_safetensors,
+)
+from quantizer.layouts import parse_quantization, quantized_modules, read_packed
 from quantizer.sources import Source
+from quantizer.work_folder import DONE_FILE, WorkFolder, load_tensor
 
 REPORT_FILE = "quantization_report.json"
+HTML_FILE = "quantization_report.html"
 INDEX_FILE = "model.safetensors.index.json"
 
 
-class CheckpointWriter:
-    """Collects tensors into shards in a folder beside `out`, and renames it to `out` when all is written and checked.
+def assemble(
+    work: WorkFolder, source: Source, config: dict[str, Any], report: dict[str, Any], max_shard_bytes: int
+) -> Path:
+    """Puts the parts together in the work folder, reads everything back, and returns the folder that is to be OUT.
 
-    Until then nothing is at `out`. Use it as a context manager: whatever goes wrong, the folder beside is removed.
+    Made anew after every stop: it takes seconds. The index comes last, then the mark that all is there.
     """
+    done, folder = work.path / DONE_FILE, work.path / "checkpoint"
+    done.unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    index = _write_shards(work, folder, max_shard_bytes)
+    write_json(folder / "config.json", config)
+    write_report(folder, report)
+    source.write_side_files(folder)
+    verify(folder, work.digests())
+    if index is not None:
+        write_json(folder / INDEX_FILE, index)
+    sync_tree(folder)
+    write_json(done, {"bytes": report["bytes"]})
+    return folder
 
-    def __init__(self, out: Path, max_shard_bytes: int, overwrite: bool = False) -> None:
-        self.out = out.absolute()
-        self.overwrite = overwrite
-        self.max_shard_bytes = max_shard_bytes
-        self.staging = self.out.with_name(f".{self.out.name}.partial")
-        self._pending: dict[str, Tensor] = {}
-        self._pending_bytes = 0
-        self._shards: list[list[str]] = []
-        self._digests: dict[str, str] = {}
-        self.total_bytes = 0
 
-    def __enter__(self) -> CheckpointWriter:
-        check_output(self.out, self.overwrite)
-        shutil.rmtree(self.staging, ignore_errors=True)
-        self.staging.mkdir(parents=True)
-        return self
+def write_report(folder: Path, report: dict[str, Any]) -> None:
+    """The report as JSON and as a page."""
+    write_json(folder / REPORT_FILE, report, indent=1)
+    page = html_report.render(json.loads(json.dumps(report)))
+    write_atomically(folder / HTML_FILE, lambda file: file.write(page.encode()))
 
-    def __exit__(self, *exception: object) -> None:
-        shutil.rmtree(self.staging, ignore_errors=True)
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Queues one tensor; a full shard goes to disk at once."""
-        size = tensor.numel() * tensor.element_size()
-        if self._pending and self._pending_bytes + size > self.max_shard_bytes:
-            self._flush()
-        if name in self._digests:
-            raise QuantizeError(f"{name}: written twice")
-        self._pending[name] = tensor.contiguous()
-        self._digests[name] = _digest(tensor)
-        self._pending_bytes += size
-        self.total_bytes += size
+def _write_shards(work: WorkFolder, folder: Path, max_shard_bytes: int) -> dict[str, Any] | None:
+    """Tensors in order of the parts, a new file wherever one would grow past the limit; returns the index, if one is needed."""
+    parts = {name: path for path in work.parts() for name in read_entries(path)}
+    entries = {name: entry for path in work.parts() for name, entry in read_entries(path).items()}
+    shards: list[list[str]] = [[]]
+    total = size = 0
+    for name, entry in entries.items():
+        tensor_size = num_bytes(*entry)
+        if size and size + tensor_size > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size, total = size + tensor_size, total + tensor_size
+    names = ["model.safetensors"]
+    if len(shards) > 1:
+        names = [f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors" for index in range(len(shards))]
+    for file, shard in zip(names, shards, strict=True):
+        write_safetensors(
+            folder / file,
+            {name: entries[name] for name in shard},
+            lambda name: load_tensor(parts[name], name),
+            {"format": "pt"},
+        )
+    if len(shards) == 1:
+        return None
+    weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
-    def _flush(self) -> None:
-        part = self._part(len(self._shards))
-        save_file(self._pending, part, metadata={"format": "pt"})
-        # safetensors writes for the owner alone; a server often runs as someone else.
-        part.chmod(self.staging.stat().st_mode & 0o666)
-        self._shards.append(list(self._pending))
-        self._pending, self._pending_bytes = {}, 0
 
-    def _part(self, index: int) -> Path:
-        return self.staging / f"part-{index:05d}"
+def publish(work: WorkFolder, folder: Path, out: Path, overwrite: bool) -> None:
+    """Moves the checkpoint to `out` and removes the work folder. If that is stopped, the next run goes on."""
+    out = out.absolute()
+    if out.exists():
+        check_output(out, overwrite)
+        replaced = work.path / "replaced"
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.replace(out, replaced)
+    os.replace(folder, out)
+    sync_folder(out.parent)
+    work.remove()
 
-    def finish(self, source: Source, quant_config: QuantConfig, dtype: torch.dtype, report: dict[str, Any]) -> None:
-        """Writes index, config, report and side files, reads everything back, and moves it to `out`."""
-        if self._pending:
-            self._flush()
-        self._name_shards()
-        config = checkpoint_config(source, quant_config, dtype)
-        (self.staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        (self.staging / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n")
-        source.write_side_files(self.staging)
-        verify(self.staging, self._digests)
-        if self.out.exists():
-            check_output(self.out, self.overwrite)
-            shutil.rmtree(self.out)
-        self.staging.rename(self.out)
 
-    def _name_shards(self) -> None:
-        total = len(self._shards)
-        if total == 1:
-            self._part(0).rename(self.staging / "model.safetensors")
-            return
-        weight_map: dict[str, str] = {}
-        for index, names in enumerate(self._shards):
-            file = f"model-{index + 1:05d}-of-{total:05d}.safetensors"
-            self._part(index).rename(self.staging / file)
-            weight_map |= dict.fromkeys(names, file)
-        index_json = {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-        (self.staging / INDEX_FILE).write_text(json.dumps(index_json, indent=2) + "\n")
+def is_published(work: WorkFolder, out: Path) -> bool:
+    """Whether an earlier run was stopped after it had moved the checkpoint to `out`: only cleaning up is left."""
+    return (work.path / DONE_FILE).is_file() and not (work.path / "checkpoint").exists() and out.is_dir()
 
 
 def check_output(out: Path, overwrite: bool) -> None:
@@ -112,43 +122,28 @@ def check_output(out: Path, overwrite: bool) -> None:
             raise QuantizeError(f"{out}: is not a checkpoint (no config.json), so --overwrite will not replace it")
 
 
-def checkpoint_config(source: Source, quant_config: QuantConfig, dtype: torch.dtype) -> dict[str, Any]:
+def checkpoint_config(source: Source, quantization: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """The source's config.json with the dtype of the unquantized parts and the quantization_config."""
     config = dict(source.config_json)
     config.pop("dtype", None)
     config["torch_dtype"] = str(dtype).removeprefix("torch.")
-    config["quantization_config"] = quant_config.to_dict()
+    config["quantization_config"] = quantization
     return config
 
 
-def verify(folder: Path, digests: dict[str, str]) -> None:
-    """Reads a written checkpoint back: every tensor's bytes, every AWQ triple's format, and that the config loads."""
+def verify(folder: Path, digests: Mapping[str, str]) -> None:
+    """Reads a written checkpoint back: every tensor's bytes, every quantized linear's format, and that the config loads."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    quant_config = QuantConfig.from_dict(json.loads((folder / "config.json").read_text())["quantization_config"])
-    tensors: dict[str, dict[str, Tensor]] = {}
-    found = set()
+    layout, quant_config = parse_quantization(json.loads((folder / "config.json").read_text())["quantization_config"])
+    files: dict[str, Path] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as handle:
-            for name in list(handle.keys()):
-                tensor = handle.get_tensor(name)
-                if _digest(tensor) != digests.get(name):
-                    raise QuantizeError(f"{path}: tensor {name} is not what was written")
-                found.add(name)
-                module, _, kind = name.rpartition(".")
-                if kind in AWQ_TENSORS:
-                    triple = tensors.setdefault(module, {})
-                    triple[kind] = tensor
-                    if len(triple) == len(AWQ_TENSORS):
-                        AwqWeight.from_tensors(module, tensors.pop(module), quant_config.group_size)
-    if found != digests.keys():
-        raise QuantizeError(f"{folder}: tensor {min(digests.keys() ^ found)} was lost in writing")
-    if tensors:
-        raise QuantizeError(f"{folder}: {min(tensors)} lacks one of {', '.join(AWQ_TENSORS)}")
-    if not any(f"{config.num_hidden_layers - 1}." in name for name in found):
+        for name in read_entries(path):
+            if tensor_digest(load_tensor(path, name)) != digests.get(name):
+                raise QuantizeError(f"{path}: tensor {name} is not what was written")
+            files[name] = path
+    if files.keys() != digests.keys():
+        raise QuantizeError(f"{folder}: tensor {min(digests.keys() ^ files.keys())} was lost in writing")
+    for module, kinds in quantized_modules(files, layout).items():
+        read_packed(module, kinds, lambda name: load_tensor(files[name], name), layout, quant_config.group_size)
+    if not any(f"{config.num_hidden_layers - 1}." in name for name in files):
         raise QuantizeError(f"{folder}: the last of {config.num_hidden_layers} layers is not there")
-
-
-def _digest(tensor: Tensor) -> str:
-    """Of dtype, shape and bytes."""
-    header = f"{tensor.dtype}{tuple(tensor.shape)}".encode()
-    return hashlib.sha256(header + tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()

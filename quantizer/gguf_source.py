@@ -113,6 +113,9 @@ class GgufSource:
         tokenizer.model_max_length = self.config.max_position_embeddings
         return tokenizer
 
+    def weight_files(self) -> list[Path]:
+        return [self.path]
+
     def write_side_files(self, folder: Path) -> None:
         self.tokenizer().save_pretrained(folder)
         special = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,11 +12,13 @@ from torch import Tensor
 
 from kernels.format import AwqWeight, pack_int4
 from quantizer.calibrate import InputStatistics, LayerRunner
-from quantizer.config import QuantConfig, QuantizeError, QuantizeOptions
+from quantizer.config import EFFORTS, QuantConfig, QuantizeError, QuantizeOptions
 from quantizer.folding import fold, shared_channels
+from quantizer.layouts import packed_tensors
 from quantizer.mappings import Architecture, ScaleGroup
+from quantizer.refinement import refine
 from quantizer.rounding import Rounded, nearest_values, round_feedback, round_nearest
-from quantizer.search import ScaleChoice, identity_choice, output_error, parameter_chooser, search_scales
+from quantizer.search import RangeChooser, ScaleChoice, output_error, search_scales
 from quantizer.sources import Source, load_checked
 
 _ROUNDINGS = {"nearest": round_nearest, "feedback": round_feedback}
@@ -24,7 +26,8 @@ _ROUNDINGS = {"nearest": round_nearest, "feedback": round_feedback}
 
 @dataclass(frozen=True, slots=True)
 class ScaleReport:
-    """What the search chose for one group of linears; errors are relative to the outputs' own energy."""
+    """What the search chose for one group of linears; errors are relative, tr(dW H dWT) / tr(W H WT), both over the rows
+    searched."""
 
     previous: str
     linears: tuple[str, ...]
@@ -36,11 +39,15 @@ class ScaleReport:
 
 @dataclass(frozen=True, slots=True)
 class LinearReport:
-    """Relative output error tr(dW H dWT) / tr(W H WT) of one linear, by plain rounding and as written."""
+    """Relative output error tr(dW H dWT) / tr(W H WT) of one linear, by plain rounding and as written.
+
+    clipped: the share of its (row, group) pairs whose range was shrunk.
+    """
 
     name: str
     error_nearest: float
     error: float
+    clipped: float
 
 
 @dataclass(slots=True)
@@ -48,6 +55,8 @@ class LayerReport:
     layer: int
     scales: list[ScaleReport] = field(default_factory=list)
     linears: list[LinearReport] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    """What was tried and did not help, so was not done."""
     seconds: float = 0.0
 
     @property
@@ -58,13 +67,19 @@ class LayerReport:
     def error(self) -> float:
         return sum(linear.error for linear in self.linears) / max(1, len(self.linears))
 
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values; the means over the linears too."""
+        return {**asdict(self), "error_nearest": self.error_nearest, "error": self.error}
+
 
 @dataclass(frozen=True, slots=True)
 class LayerResult:
-    """A finished layer: tensors to write, under their full names, and its report."""
+    """A finished layer: tensors to write, under their full names, its report, and the hidden states it gives to the next
+    (None after the last)."""
 
     tensors: dict[str, Tensor]
     report: LayerReport
+    hidden: Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -84,22 +99,27 @@ class LayerQuantizer:
     def quant_config(self) -> QuantConfig:
         return self.options.quant_config
 
-    def layers(self, tokens: Tensor) -> Iterator[LayerResult]:
-        """tokens: int64 [sequences, length]. Yields a result per layer as it is done."""
-        runner = LayerRunner(self.source.config, self.architecture)
+    def embed(self, tokens: Tensor) -> Tensor:
+        """tokens: int64 [sequences, length]. What enters the first layer, fp32 [sequences, length, hidden size]."""
         embedding = f"{self.architecture.embedding}.weight"
-        hidden = load_checked(self.source, embedding, self.shapes[embedding])[tokens].float()
-        for index in range(self.source.config.num_hidden_layers):
+        return load_checked(self.source, embedding, self.shapes[embedding])[tokens].float()
+
+    def layers(self, hidden: Tensor, first: int = 0) -> Iterator[LayerResult]:
+        """hidden: what enters layer `first`. Yields a result per layer as it is done."""
+        runner = LayerRunner(self.source.config, self.architecture)
+        num_layers = self.source.config.num_hidden_layers
+        for index in range(first, num_layers):
             started = time.monotonic()
             tensors = self._load_layer(index)
             statistics = runner.capture(runner.build(index, tensors), index, hidden)
             result, dense = self.quantize_layer(index, tensors, statistics)
-            if index + 1 < self.source.config.num_hidden_layers:
+            is_last = index + 1 == num_layers
+            if not is_last:
                 hidden = runner.run(runner.build(index, dense), index, hidden)
             if not torch.isfinite(hidden).all():
                 raise QuantizeError(f"layer {index}: its output is not finite; the source's weights overflow in fp32")
             result.report.seconds = time.monotonic() - started
-            yield result
+            yield replace(result, hidden=None if is_last else hidden)
 
     def _load_layer(self, index: int) -> dict[str, Tensor]:
         prefix = self.architecture.layer_prefix(index)
@@ -119,56 +139,78 @@ class LayerQuantizer:
         report = LayerReport(index)
         folded, group_scales, row_scales = dict(tensors), [], {}
         for group, inputs in zip(self.architecture.groups, statistics, strict=True):
-            choice, shared = self._choose(index, group, tensors, inputs), shared_channels(self.source.config, group)
-            scales, rows = fold(folded, group, choice.scales, self.dtype, shared)
+            choice, shared = self._search(index, group, tensors, inputs), shared_channels(self.source.config, group)
+            wanted = torch.ones_like(inputs.mean_abs) if choice is None else choice.scales
+            scales, rows = fold(folded, group, wanted, self.dtype, shared)
             group_scales.append(scales)
             if rows.numel():
                 row_scales[group.previous] = rows
-            report.scales.append(_scale_report(group, choice, tensors, inputs))
+            if choice is not None:
+                report.scales.append(_scale_report(group, choice))
+                if choice.is_identity:
+                    report.skipped.append(f"scales of {', '.join(group.linears)}")
         dense = {name: self._as_stored(index, name, tensor) for name, tensor in folded.items()}
         written = {f"{self.architecture.layer_prefix(index)}{name}": tensor for name, tensor in dense.items()}
         for group, inputs, scales in zip(self.architecture.groups, statistics, group_scales, strict=True):
-            for linear, weight in self._round(index, group, folded, inputs.scaled(scales)).items():
+            for linear, (weight, clipped) in self._round(index, group, folded, inputs.scaled(scales)).items():
                 del written[f"{weight.name}.weight"]
-                written |= {f"{weight.name}.{key}": getattr(weight, key) for key in ("qweight", "qzeros", "scales")}
+                written |= packed_tensors(weight, self.options.format)
                 dense[f"{linear}.weight"] = weight.dequantize()
                 effective = dense[f"{linear}.weight"] / scales
                 if linear in row_scales:
                     effective *= row_scales[linear][:, None]
-                report.linears.append(self._linear_report(linear, tensors[f"{linear}.weight"], effective, inputs))
+                original = tensors[f"{linear}.weight"]
+                report.linears.append(self._linear_report(linear, original, effective, inputs, clipped))
+                if self._clips(linear) and clipped == 0:
+                    report.skipped.append(f"clip of {linear}")
         return LayerResult(written, report), {name: tensor.float() for name, tensor in dense.items()}
 
-    def _choose(
+    def _search(
         self, index: int, group: ScaleGroup, tensors: dict[str, Tensor], inputs: InputStatistics
-    ) -> ScaleChoice:
+    ) -> ScaleChoice | None:
+        """None where there is nothing to search for: no scales are wanted, or none of the group's linears is quantized."""
         weights = [tensors[f"{name}.weight"] for name in group.linears if self._converts(index, name)]
         channels = inputs.mean_abs.shape[0]
         if not weights or not self.options.scales:
-            return identity_choice(channels)
+            return None
         shared = shared_channels(self.source.config, group)
-        return search_scales(torch.cat(weights), inputs, self._group_size(channels), shared)
+        return search_scales(
+            torch.cat(weights), inputs, self._group_size(channels), shared, EFFORTS[self.options.effort]
+        )
 
     def _round(
         self, index: int, group: ScaleGroup, folded: dict[str, Tensor], inputs: InputStatistics
-    ) -> dict[str, AwqWeight]:
-        """The group's quantized linears, rounded together: they share the second moment of their (scaled) inputs."""
+    ) -> dict[str, tuple[AwqWeight, float]]:
+        """The group's quantized linears and the share of their groups that was clipped.
+
+        They are rounded together: they share the second moment of their (scaled) inputs.
+        """
         names = [name for name in group.linears if self._converts(index, name)]
         if not names:
             return {}
         weights = [folded[f"{name}.weight"] for name in names]
-        clip = [name not in self.architecture.unclipped and self.options.clip for name in names]
-        clipped = torch.cat([torch.full((weight.shape[0],), flag) for weight, flag in zip(weights, clip, strict=True)])
-        size = self._group_size(weights[0].shape[1])
-        rounded = _ROUNDINGS[self.options.rounding](
-            torch.cat(weights), inputs.second_moment, size, parameter_chooser(clipped)
+        clip = torch.cat(
+            [torch.full((weight.shape[0],), self._clips(name)) for name, weight in zip(names, weights, strict=True)]
         )
+        choose = RangeChooser(clip, effort=EFFORTS[self.options.effort])
+        size = self._group_size(weights[0].shape[1])
+        rounded = _ROUNDINGS[self.options.rounding](torch.cat(weights), inputs.second_moment, size, choose)
+        if self.options.rounding == "feedback" and (sweeps := EFFORTS[self.options.effort].sweeps):
+            rounded = refine(torch.cat(weights), inputs.second_moment, rounded, sweeps)
+        shares = choose.num_clipped.double() / rounded.scales.shape[1]
         packed, start = {}, 0
         for name, weight in zip(names, weights, strict=True):
             rows = slice(start, start + weight.shape[0])
             part = Rounded(rounded.integers[rows], rounded.zeros[rows], rounded.scales[rows])
-            packed[name] = pack(f"{self.architecture.layer_prefix(index)}{name}", part, size)
+            packed[name] = (
+                pack(f"{self.architecture.layer_prefix(index)}{name}", part, size),
+                float(shares[rows].mean()),
+            )
             start = rows.stop
         return packed
+
+    def _clips(self, linear: str) -> bool:
+        return self.options.clip and linear not in self.architecture.unclipped
 
     def _group_size(self, channels: int) -> int:
         return channels if self.options.group_size == -1 else self.options.group_size
@@ -182,13 +224,14 @@ class LayerQuantizer:
             return tensor
         return cast_checked(f"{self.architecture.layer_prefix(index)}{name}", tensor, self.dtype)
 
-    def _linear_report(self, name: str, weight: Tensor, effective: Tensor, inputs: InputStatistics) -> LinearReport:
+    def _linear_report(
+        self, name: str, weight: Tensor, effective: Tensor, inputs: InputStatistics, clipped: float
+    ) -> LinearReport:
         moment = inputs.second_moment
         energy = max(output_error(weight, moment), 1e-30)
         nearest = nearest_values(weight, self._group_size(weight.shape[1]))
-        return LinearReport(
-            name, output_error(nearest - weight, moment) / energy, output_error(effective - weight, moment) / energy
-        )
+        errors = [output_error(values - weight, moment) / energy for values in (nearest, effective)]
+        return LinearReport(name, errors[0], errors[1], clipped)
 
 
 def pack(name: str, rounded: Rounded, group_size: int) -> AwqWeight:
@@ -235,11 +278,8 @@ def check_divisible(
                 )
 
 
-def _scale_report(
-    group: ScaleGroup, choice: ScaleChoice, tensors: dict[str, Tensor], inputs: InputStatistics
-) -> ScaleReport:
-    energy = sum(output_error(tensors[f"{name}.weight"], inputs.second_moment) for name in group.linears)
-    relative = 1 / max(energy, 1e-30)
+def _scale_report(group: ScaleGroup, choice: ScaleChoice) -> ScaleReport:
+    relative = 1 / max(choice.energy, 1e-30)
     return ScaleReport(
         group.previous,
         group.linears,
@@ -248,10 +288,3 @@ def _scale_report(
         choice.error_identity * relative,
         choice.error * relative,
     )
-
-
-def versions() -> dict[str, Any]:
-    """What the written integers depend on besides the options: library versions and the thread count."""
-    import transformers
-
-    return {"torch": torch.__version__, "transformers": transformers.__version__, "threads": torch.get_num_threads()}

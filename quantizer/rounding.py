@@ -110,20 +110,33 @@ def round_feedback(weight: Tensor, second_moment: Tensor, group_size: int, choos
     return _rounded(integers.t().contiguous(), scales, zeros)
 
 
+def damped(second_moment: Tensor, damping: float = DAMPING) -> Tensor:
+    """A copy with a part of its mean diagonal added: what a few tokens do not show is not taken for nothing."""
+    return _damp(second_moment.clone(), damping)
+
+
+def _damp(moment: Tensor, damping: float) -> Tensor:
+    moment.diagonal().add_(damping * moment.diagonal().mean().clamp(min=1e-12))
+    return moment
+
+
 def _inverse_factor(second_moment: Tensor) -> Tensor:
     """Upper Cholesky factor U (U^T U) of the damped second moment's inverse; damped more if rounding made it indefinite.
 
-    Cholesky of the moment in reverse order gives H = R R^T with R upper triangular, so U is R's inverse.
+    Cholesky of the moment in reverse order gives H = R R^T with R upper triangular, so U is R's inverse. Of the widest linear
+    these matrices are most of what a quantization holds, so no more than two of them exist in fp64 at once.
     """
-    diagonal = second_moment.diagonal().mean().clamp(min=1e-12)
     damping = DAMPING
     while damping < MAX_DAMPING:
-        damped = second_moment.double()
-        damped.diagonal().add_(damping * diagonal)
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        lower, failed = torch.linalg.cholesky_ex(_damp(second_moment.flip(0, 1).double(), damping))
         if not failed:
-            identity = torch.eye(len(lower), dtype=torch.float64)
-            return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True).float()
+            upper = lower.flip(0, 1)
+            del lower
+            # Column by column in memory, so that it is solved in place.
+            inverse = torch.eye(len(upper), dtype=torch.float64).t()
+            torch.linalg.solve_triangular(upper, inverse, upper=True, out=inverse)
+            del upper
+            return inverse.float().contiguous()
         damping *= 10
     raise QuantizeError("the second moment of a linear's inputs is not finite: activations overflow in fp32")
 

@@ -6,33 +6,35 @@ H = E[x xT], so H is gathered once and no candidate needs a forward pass.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from quantizer.calibrate import InputStatistics
-from quantizer.rounding import ParameterChooser, nearest_values, range_parameters, to_integers
+from quantizer.config import EFFORTS, Effort
+from quantizer.rounding import nearest_values, range_parameters, to_integers
 
-COARSE_EXPONENTS = tuple(index / 8 for index in range(1, 9))
-FINE_STEP = 1 / 16
-SHRINK_FACTORS = tuple(1.0 - index / 20 for index in range(1, 11))
-"""Candidates for a clipped range, as a part of the full one; the full range is always a candidate too."""
-MAX_SEARCH_ROWS = 512
-"""Rows of the weights looked at by the scale search, evenly spread: a scale is shared by all rows, so a sample ranks it."""
+MIN_SHRINK = 0.5
+"""The smallest candidate for a clipped range, as a part of the full one, which is always a candidate too."""
 MAX_SCALE_RATIO = 2.0**8
 """Scales lie within this factor of one, so that nothing folded by them leaves fp16's normal range."""
 
 
 @dataclass(frozen=True, slots=True)
 class ScaleChoice:
-    """Per-channel scales [K] and how they were found; errors are tr(dW H dWT) over the rows looked at."""
+    """Per-channel scales [K] and how they were found.
+
+    Errors are tr(dW H dWT) and energy is tr(W H WT), over the rows looked at.
+    """
 
     scales: Tensor
     formula: str
     exponent: float
     error_identity: float
     error: float
+    energy: float
 
     @property
     def is_identity(self) -> bool:
@@ -49,39 +51,42 @@ def output_errors(delta: Tensor, second_moment: Tensor) -> Tensor:
     return ((delta @ second_moment) * delta).sum(-1)
 
 
-def identity_choice(channels: int, error: float = 0.0) -> ScaleChoice:
-    return ScaleChoice(torch.ones(channels), "identity", 0.0, error, error)
-
-
 def search_scales(
-    weight: Tensor, statistics: InputStatistics, group_size: int, shared: Tensor | None = None
+    weight: Tensor,
+    statistics: InputStatistics,
+    group_size: int,
+    shared: Tensor | None = None,
+    effort: Effort = EFFORTS["default"],
 ) -> ScaleChoice:
     """The best scales for linears that share an input (weight: their rows together, [N, K]).
 
     Candidates are the identity, x^a ("activation") and x^a / w^(1-a) ("weighted"), x the mean magnitude of a channel's
-    inputs and w that of its weights relative to their group: exponents in eighths, then sixteenths around the best.
+    inputs and w that of its weights relative to their group: exponents in the effort's steps, then half of one around the best.
     shared: for each channel the index of the scale it must share, or None.
     """
-    weight = weight[:: -(-weight.shape[0] // MAX_SEARCH_ROWS)]
+    weight = weight[:: -(-weight.shape[0] // effort.search_rows)]
+    exponents = [(index + 1) / effort.exponent_steps for index in range(effort.exponent_steps)]
+    half_step = 0.5 / effort.exponent_steps
     moment = statistics.second_moment
     activation = _share(statistics.mean_abs, shared)
     magnitude = _share(_relative_magnitude(weight, group_size), shared)
 
-    def candidate(formula: str, exponent: float, error_identity: float) -> ScaleChoice:
+    def candidate(formula: str, exponent: float) -> ScaleChoice:
         scales = activation.pow(exponent)
         if formula == "weighted":
             scales = scales / magnitude.pow(1 - exponent)
         scales = _centre(scales)
         delta = nearest_values(weight * scales, group_size).div_(scales).sub_(weight)
-        return ScaleChoice(scales, formula, exponent, error_identity, output_error(delta, moment))
+        return ScaleChoice(scales, formula, exponent, error_identity, output_error(delta, moment), energy)
 
+    energy = output_error(weight, moment)
     error_identity = output_error(nearest_values(weight, group_size).sub_(weight), moment)
-    best = identity_choice(weight.shape[1], error_identity)
+    best = ScaleChoice(torch.ones(weight.shape[1]), "identity", 0.0, error_identity, error_identity, energy)
     for formula in ("activation", "weighted"):
-        choices = [candidate(formula, exponent, error_identity) for exponent in COARSE_EXPONENTS]
+        choices = [candidate(formula, exponent) for exponent in exponents]
         top = min(choices, key=lambda choice: choice.error)
-        around = [top.exponent - FINE_STEP, top.exponent + FINE_STEP]
-        choices += [candidate(formula, exponent, error_identity) for exponent in around if exponent <= 1]
+        around = [top.exponent - half_step, top.exponent + half_step]
+        choices += [candidate(formula, exponent) for exponent in around if exponent <= 1]
         best = min([best, *choices], key=lambda choice: choice.error)
     return best
 
@@ -107,33 +112,43 @@ def _centre(scales: Tensor) -> Tensor:
     return scales.clamp(1 / MAX_SCALE_RATIO, MAX_SCALE_RATIO)
 
 
-def parameter_chooser(clipped: Tensor | None) -> ParameterChooser:
-    """A chooser of group parameters: the full range, or per (row, group) the shrunken one with the smallest error.
+class RangeChooser:
+    """Group parameters: the full range, or per (row, group) the shrunken one with the smallest error.
 
-    clipped: bool [N], the rows whose range may shrink; None clips nothing.
+    rows: bool [N], those whose range may shrink; None clips nothing. `num_clipped`, int64 [N], counts the groups of each row
+    whose range was shrunk.
     """
 
-    def choose(weights: Tensor, second_moment: Tensor) -> tuple[Tensor, Tensor]:
+    def __init__(self, rows: Tensor | None, effort: Effort = EFFORTS["default"]) -> None:
+        self._rows = torch.empty(0, dtype=torch.int64) if rows is None else rows.nonzero().squeeze(1)
+        self._factors = [1 - (1 - MIN_SHRINK) * (i + 1) / effort.shrink_steps for i in range(effort.shrink_steps)]
+        self.num_clipped = torch.zeros(0 if rows is None else len(rows), dtype=torch.int64)
+
+    def __call__(self, weights: Tensor, second_moment: Tensor) -> tuple[Tensor, Tensor]:
         low, high = weights.amin(-1, keepdim=True), weights.amax(-1, keepdim=True)
         scale, zero = range_parameters(low, high)
-        if clipped is None or not bool(clipped.any()):
-            return scale, zero
-        rows = clipped.nonzero().squeeze(1)
-        scale[rows], zero[rows] = _best_range(weights[rows], low[rows], high[rows], second_moment)
+        rows = self._rows
+        if len(rows):
+            weights, low, high = weights[rows].contiguous(), low[rows], high[rows]
+            scale[rows], zero[rows], shrunk = _best_range(weights, low, high, second_moment, self._factors)
+            self.num_clipped[rows] += shrunk
         return scale, zero
 
-    return choose
 
-
-def _best_range(weights: Tensor, low: Tensor, high: Tensor, second_moment: Tensor) -> tuple[Tensor, Tensor]:
-    weights = weights.contiguous()
+def _best_range(
+    weights: Tensor, low: Tensor, high: Tensor, second_moment: Tensor, factors: Sequence[float]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scale and zero point [N, 1] with the smallest error, and whether they are a shrunken range's, bool [N]."""
     best_scale, best_zero = range_parameters(low, high)
     best_error = torch.full_like(low, torch.inf)
-    for factor in (1.0, *SHRINK_FACTORS):
+    shrunk = torch.zeros(low.shape, dtype=torch.bool)
+    for factor in (1.0, *factors):
         scale, zero = range_parameters(low * factor, high * factor)
         delta = to_integers(weights, scale, zero).sub_(zero).mul_(scale).sub_(weights)
         error = output_errors(delta, second_moment).unsqueeze(1)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
-    return best_scale, best_zero
+        if factor < 1:
+            shrunk |= better
+    return best_scale, best_zero, shrunk.squeeze(1)

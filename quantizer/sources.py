@@ -59,6 +59,9 @@ class Source(Protocol):
 
     def tokenizer(self) -> PreTrainedTokenizerBase: ...
 
+    def weight_files(self) -> list[Path]:
+        """The files whose contents decide the weights and the config."""
+
     def write_side_files(self, folder: Path) -> None:
         """Puts tokenizer, chat template and generation config into `folder`."""
 
@@ -117,6 +120,9 @@ class SafetensorsSource:
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+
+    def weight_files(self) -> list[Path]:
+        return [self.folder / name for name in ("config.json", *sorted(set(self._files.values())))]
 
     def write_side_files(self, folder: Path) -> None:
         for pattern in SIDE_FILES:

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from kernels.backend import Backend, PreparedLinear, QKNorm
-from kernels.format import AWQ_TENSORS, PACK_FACTOR, AwqWeight, DenseWeight, FormatError
+from kernels.format import AwqWeight, DenseWeight
 from server.model_config import ModelConfig, ModelError
 from server.models.checkpoint import Checkpoint
 from server.models.decoder import Decoder, DecoderLayer, DecoderWeights
+from server.models.formats import check_module, is_quantized, read_module
 from server.models.rotary import rotary_table
 
 FLOAT_DTYPES = ("F16", "BF16", "F32")
-SCALE_DTYPES = ("F16", "BF16")
 
 FUSED_LINEARS: Mapping[str, tuple[str, ...]] = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -46,7 +46,7 @@ def load_decoder(model_dir: Path, config: ModelConfig, backend: Backend, max_mod
     with torch.inference_mode():
         embedding = DenseWeight(EMBEDDING, checkpoint.read(f"{EMBEDDING}.weight"))
         head: AwqWeight | DenseWeight = embedding
-        if not config.tie_word_embeddings or f"{HEAD}.qweight" in checkpoint:
+        if not config.tie_word_embeddings or is_quantized(checkpoint, HEAD):
             head = reader.weight(HEAD)
         weights = DecoderWeights(
             embedding=backend.prepare_embedding(embedding),
@@ -100,10 +100,9 @@ class _Reader:
         return self.backend.prepare_linear(weights, bias)
 
     def weight(self, module: str) -> AwqWeight | DenseWeight:
-        if f"{module}.qweight" in self.checkpoint:
+        if is_quantized(self.checkpoint, module):
             assert self.config.quantization is not None
-            tensors = {key: self.checkpoint.read(f"{module}.{key}") for key in AWQ_TENSORS}
-            return AwqWeight.from_tensors(module, tensors, self.config.quantization.group_size)
+            return read_module(self.checkpoint, self.config.quantization, module)
         return DenseWeight(module, self.checkpoint.read(f"{module}.weight"))
 
 
@@ -116,8 +115,8 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
         expected.add(name)
 
     def linear(module: str, out_features: int, in_features: int, bias: bool) -> None:
-        if f"{module}.qweight" in checkpoint:
-            expected.update(_check_awq(checkpoint, config, module, out_features, in_features))
+        if is_quantized(checkpoint, module):
+            expected.update(check_module(checkpoint, config.quantization, module, out_features, in_features))
         else:
             dense(f"{module}.weight", (out_features, in_features))
         if bias or f"{module}.bias" in checkpoint:
@@ -127,7 +126,7 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
     q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     dense(f"{EMBEDDING}.weight", (config.vocab_size, hidden))
     dense(f"{FINAL_NORM}.weight", (hidden,))
-    if not config.tie_word_embeddings or f"{HEAD}.qweight" in checkpoint:
+    if not config.tie_word_embeddings or is_quantized(checkpoint, HEAD):
         linear(HEAD, config.vocab_size, hidden, bias=False)
     else:
         expected.add(f"{HEAD}.weight")  # some tied checkpoints carry the copy
@@ -151,23 +150,3 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
             f"{checkpoint.tensors[surplus[0]].file}: a {config.model_type} model has no tensor "
             f"{', '.join(surplus[:3])}{more}; is config.json of another model?"
         )
-
-
-def _check_awq(
-    checkpoint: Checkpoint, config: ModelConfig, module: str, out_features: int, in_features: int
-) -> list[str]:
-    """Checks the three tensors of one quantized module; returns their names."""
-    quantization = config.quantization
-    if quantization is None:
-        raise ModelError(f"config.json: has no quantization_config, but the checkpoint has {module}.qweight")
-    group_size = in_features if quantization.group_size == -1 else quantization.group_size
-    if out_features % PACK_FACTOR or in_features % group_size:
-        raise FormatError(
-            f"{module}: [{out_features}, {in_features}] cannot be AWQ: outputs must be a multiple of {PACK_FACTOR} "
-            f"and inputs of the group size {group_size}"
-        )
-    groups, words = in_features // group_size, out_features // PACK_FACTOR
-    checkpoint.expect(f"{module}.qweight", (in_features, words), ("I32",))
-    checkpoint.expect(f"{module}.qzeros", (groups, words), ("I32",))
-    checkpoint.expect(f"{module}.scales", (groups, out_features), SCALE_DTYPES)
-    return [f"{module}.{key}" for key in AWQ_TENSORS]

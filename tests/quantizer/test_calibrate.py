@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,9 +14,9 @@ from quantizer.calibrate import (
     builtin_documents,
     calibration_tokens,
     pack_tokens,
-    read_documents,
 )
 from quantizer.config import QuantizeError
+from quantizer.documents import read_documents
 from quantizer.mappings import find_architecture
 from quantizer.sources import open_source
 from tests.tiny_models import TINY_MODELS, load_reference
@@ -29,28 +31,55 @@ def test_builtin_text_is_prose_and_its_held_out_part_is_apart() -> None:
     assert sum(character.isalpha() or character.isspace() for character in text) > 0.9 * len(text)
 
 
-def test_files_are_read_as_documents(tmp_path: Path) -> None:
-    text, lines = tmp_path / "a.txt", tmp_path / "a.jsonl"
+def test_files_folders_and_chats_are_read(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    text, lines = tmp_path / "a.txt", tmp_path / "b" / "a.jsonl"
+    lines.parent.mkdir()
     text.write_text("One document.\n\nStill the same.")
-    lines.write_text('{"text": "first", "id": 1}\n\n"second"\n')
-    assert read_documents(str(text)) == ["One document.\n\nStill the same."]
-    assert read_documents(str(lines)) == ["first", "second"]
+    chat = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": " Because."}]
+    lines.write_text('{"text": "first", "id": 1}\n\n"second\u2028half"\r\n' + json.dumps({"messages": chat}))
+    (tmp_path / "b" / "picture.png").write_bytes(b"\xff\xfe")
+    one, others = ["One document.\n\nStill the same."], ["first", "second\u2028half", "Why? Because."]
+    assert read_documents(str(text), tiny_tokenizer) == one
+    assert read_documents(str(lines), tiny_tokenizer) == others
+    assert read_documents(str(tmp_path), tiny_tokenizer) == one + others
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [('{"text": 3}\n', "a.jsonl:1"), ('"x"\n{oops\n', "a.jsonl:2.*not JSON"), ("\n", "holds no text")],
+    [
+        ('{"text": 3}\n', "a.jsonl:1"),
+        ('"x"\n{oops\n', "a.jsonl:2.*not JSON"),
+        ("\n", "holds no text"),
+        ('{"messages": ["hello"]}', "a.jsonl:1: messages: expected a list of objects"),
+    ],
 )
-def test_bad_jsonl_names_the_line(tmp_path: Path, content: str, message: str) -> None:
+def test_bad_jsonl_names_the_line(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, content: str, message: str
+) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(content)
     with pytest.raises(QuantizeError, match=message):
-        read_documents(str(path))
+        read_documents(str(path), tiny_tokenizer)
 
 
-def test_missing_calibration_file_is_named() -> None:
+def test_chats_that_the_template_cannot_take_name_the_line(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    path, tokenizer = tmp_path / "a.jsonl", copy.deepcopy(tiny_tokenizer)
+    path.write_text('{"messages": [{"role": "user", "content": "Hi"}]}')
+    tokenizer.chat_template = "{{ raise_exception('no users here') }}"
+    with pytest.raises(QuantizeError, match=r"a\.jsonl:1: the chat template refuses it: no users here"):
+        read_documents(str(path), tokenizer)
+    tokenizer.chat_template = None
+    with pytest.raises(QuantizeError, match=r"a\.jsonl:1: is a chat, but the model has no chat template"):
+        read_documents(str(path), tokenizer)
+
+
+def test_what_holds_no_text_is_named(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(QuantizeError, match="wikitext"):
-        read_documents("wikitext")
+        read_documents("wikitext", tiny_tokenizer)
+    with pytest.raises(QuantizeError, match=r"holds no file of \.txt, \.md, \.jsonl"):
+        read_documents(str(tmp_path), tiny_tokenizer)
 
 
 def test_packing_keeps_every_token(tiny_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -1,6 +1,6 @@
 import pytest
 
-from quantizer.config import QuantConfig, QuantizeError, QuantizeOptions
+from quantizer.config import EFFORTS, QuantConfig, QuantizeError, QuantizeOptions
 
 
 def test_quant_config_round_trips_and_has_the_standard_fields() -> None:
@@ -26,6 +26,15 @@ def test_foreign_quant_config_is_refused_by_field(field: str, value: object) -> 
         QuantConfig.from_dict({**QuantConfig(64).to_dict(), field: value})
 
 
+def test_foreign_compressed_tensors_are_refused_by_field() -> None:
+    """Symmetric ones have no zero points to read."""
+    data = QuantConfig(64).to_compressed_tensors(["lm_head"])
+    assert QuantConfig.from_compressed_tensors(data) == QuantConfig(64, ("lm_head",))
+    data["config_groups"]["group_0"]["weights"]["symmetric"] = True
+    with pytest.raises(QuantizeError, match=r"symmetric.*True"):
+        QuantConfig.from_compressed_tensors(data)
+
+
 def test_modules_match_by_substring_and_lm_head_is_always_listed() -> None:
     config = QuantizeOptions(modules_to_not_convert=("down_proj",)).quant_config
     assert config.modules_to_not_convert == ("down_proj", "lm_head")
@@ -45,4 +54,5 @@ def test_bad_options_name_field_and_value(field: str, value: object) -> None:
 def test_rtn_is_nearest_rounding_alone() -> None:
     resolved = QuantizeOptions(method="rtn").resolved()
     assert (resolved.scales, resolved.clip, resolved.rounding) == (False, False, "nearest")
-    assert QuantizeOptions().resolved() == QuantizeOptions()
+    assert QuantizeOptions(samples=28).resolved() == QuantizeOptions(samples=28)
+    assert [QuantizeOptions(effort=name).resolved().samples for name in EFFORTS] == [14, 28, 64]

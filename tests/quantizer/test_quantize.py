@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer
 
 from kernels.format import AwqWeight
-from quantizer import pipeline
-from quantizer.__main__ import main, quantize
-from quantizer.config import QuantizeError, QuantizeOptions
+from quantizer.__main__ import main
+from quantizer.config import FORMATS, QuantizeError, QuantizeOptions
 from quantizer.evaluate import evaluate, evaluation_rows, load_checkpoint
+from quantizer.run import quantize
 from quantizer.sources import SafetensorsSource
 from tests.tiny_models import TINY_MODELS, load_reference
 
@@ -83,6 +83,30 @@ def test_errors_fall_and_the_report_is_true(kind: str, make_checkpoint: Callable
     assert 0 < awq.kl_mean < rtn.kl_mean
 
 
+def test_what_did_not_help_is_skipped_and_named(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """Weights that 16 levels hold exactly: neither a scale nor a clipped range can do better."""
+    from safetensors.torch import save_file
+
+    source = make_checkpoint("llama")
+    tensors = load_file(source / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in tensors.items():
+        if name.endswith("_proj.weight"):
+            levels = torch.randint(-7, 9, tensor.shape, generator=generator)
+            levels[:, ::32], levels[:, 1::32] = -7, 8
+            tensors[name] = levels / 64.0
+    save_file(tensors, source / "model.safetensors")
+    report = _run(source, tmp_path / "exact", rounding="nearest")
+    for layer in report["layers"]:
+        assert "scales of mlp.down_proj" in layer["skipped"] and "clip of mlp.down_proj" in layer["skipped"]
+        assert len(layer["skipped"]) == 4 + 5
+        assert all(linear["clipped"] == 0 for linear in layer["linears"])
+    helped = _run(make_checkpoint("llama", name="other"), tmp_path / "helped")
+    shares = {linear["name"]: linear["clipped"] for linear in helped["layers"][0]["linears"]}
+    assert 0 < shares["mlp.up_proj"] < 1 and shares["self_attn.q_proj"] == 0
+    assert not any(name in layer["skipped"] for layer in helped["layers"] for name in ["clip of mlp.up_proj"])
+
+
 def test_sharded_output_has_an_index_and_the_same_tensors(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     source = make_checkpoint("qwen2", max_shard_size="100KB")
     _run(source, tmp_path / "single")
@@ -110,12 +134,35 @@ def test_the_same_command_writes_the_same_bytes(make_checkpoint: Callable[..., P
 
 
 @pytest.mark.parametrize("group_size", [-1, 32])
+def test_compressed_tensors_hold_the_same_model(
+    group_size: int, make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = make_checkpoint("qwen2", initializer_range=0.08)
+    skipped = ("k_proj", "layers.1.mlp")
+    for layout in FORMATS:
+        _run(source, tmp_path / layout, format=layout, group_size=group_size, modules_to_not_convert=skipped)
+    awq, other = (load_checkpoint(tmp_path / layout).state_dict() for layout in FORMATS)
+    assert awq.keys() == other.keys() and all(torch.equal(awq[name], other[name]) for name in awq)
+    quantization = json.loads((tmp_path / "compressed-tensors" / "config.json").read_text())["quantization_config"]
+    names = _tensors(tmp_path / "compressed-tensors").keys()
+    dense = {name.removesuffix(".weight") for name in names if name.endswith("_proj.weight")}
+    assert set(quantization["ignore"]) == {"lm_head", *dense} and len(dense) == 3 + 3
+    assert not any("qweight" in name for name in names)
+
+
+@pytest.mark.parametrize("group_size", [-1, 32])
 def test_modules_left_out_stay_dense_and_the_model_still_computes(
     group_size: int, make_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     source, out = make_checkpoint("mistral", initializer_range=0.08), tmp_path / "out"
     skipped = ("k_proj", "down_proj", "layers.1.")
-    _run(source, out, group_size=group_size, modules_to_not_convert=skipped)
+    report = _run(source, out, group_size=group_size, modules_to_not_convert=skipped)
+    assert not report["layers"][1]["scales"] and not report["layers"][1]["skipped"], "nothing was tried there"
+    assert [scales["previous"] for scales in report["layers"][0]["scales"]] == [
+        "input_layernorm",
+        "self_attn.v_proj",
+        "post_attention_layernorm",
+    ]
     tensors = _tensors(out)
     quantized = {name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")}
     assert quantized == {
@@ -140,6 +187,7 @@ def test_unscaled_nearest_is_plain_rounding_of_the_source(make_checkpoint: Calla
         if name.endswith("_proj.weight"):
             assert torch.equal(written[name], nearest_values(tensor.float(), 32)), name
     assert report["options"]["rounding"] == "nearest" and not report["options"]["clip"]
+    assert not any(layer["scales"] or layer["skipped"] for layer in report["layers"])
 
 
 def test_output_is_never_overwritten_by_accident(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
@@ -156,38 +204,18 @@ def test_output_is_never_overwritten_by_accident(make_checkpoint: Callable[..., 
     assert not (out / "notes.txt").exists() and (out / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_a_failure_leaves_nothing_new(
-    make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
-) -> None:
-    source, out = make_checkpoint("llama"), tmp_path / "out"
-    if overwrite:
-        _run(source, out)
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    original = pipeline.LayerQuantizer.quantize_layer
-
-    def failing(self: pipeline.LayerQuantizer, index: int, *arguments: Any) -> Any:
-        if index == 2:
-            raise KeyboardInterrupt
-        return original(self, index, *arguments)
-
-    monkeypatch.setattr(pipeline.LayerQuantizer, "quantize_layer", failing)
-    with pytest.raises(KeyboardInterrupt):
-        quantize(str(source), out, OPTIONS, overwrite=overwrite, progress=False)
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-
-
 def test_what_was_written_is_read_back(
     make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from quantizer import export
 
-    def flipped(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
-        name = "model.layers.1.mlp.up_proj.qweight"
-        save({**tensors, name: tensors[name] ^ 1}, path, metadata)
+    def flipped(path: Path, name: str) -> torch.Tensor:
+        tensor = load(path, name)
+        wrong = path.parent.name != "checkpoint" and name == "model.layers.1.mlp.up_proj.qweight"
+        return tensor ^ 1 if wrong else tensor
 
-    save = export.save_file
-    monkeypatch.setattr(export, "save_file", flipped)
+    load = export.load_tensor
+    monkeypatch.setattr(export, "load_tensor", flipped)
     with pytest.raises(QuantizeError, match=r"layers\.1\.mlp\.up_proj\.qweight is not what was written"):
         _run(make_checkpoint("llama"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -201,6 +229,12 @@ def test_group_sizes_that_do_not_divide_are_refused_with_the_way_out(
     message = capsys.readouterr().err
     assert status == 1
     assert "model.layers.0.mlp.down_proj: 96 input features" in message and "(32 fits)" in message
+
+
+def test_a_tokenizer_of_another_model_is_refused(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    source = make_checkpoint("llama", vocab_size=100)
+    with pytest.raises(QuantizeError, match=r"the tokenizer gives token \d+, but the model has 100"):
+        _run(source, tmp_path / "out")
 
 
 def test_values_beyond_fp16_are_refused_by_name(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
@@ -227,8 +261,27 @@ def test_command_line_quantizes_and_evaluates(
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["num_tokens"] == 8 * 63 and result["kl_mean"] > 0 and 0 < result["top_1_agreement"] <= 1
     assert result["perplexity"] > 1 and result["reference_perplexity"] > 1 and result["bits_per_weight"] > 4
+    assert result["bytes"] == (out / "model.safetensors").stat().st_size
     assert main(["evaluate", str(tmp_path / "nowhere")]) == 1
     assert "no such folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+def test_a_damaged_checkpoint_is_not_evaluated(
+    layout: str, make_checkpoint: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors.torch import save_file
+
+    out = tmp_path / "out"
+    _run(make_checkpoint("llama"), out, format=layout)
+    tensors = load_file(out / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj." + {"awq": "qzeros", "compressed-tensors": "weight_zero_point"}[layout]
+    save_file({**tensors, name: tensors[name][:, :-1].contiguous()}, out / "model.safetensors")
+    assert main(["evaluate", str(out), "--sequence-length", "64"]) == 1
+    assert "error: model.layers.1.mlp.up_proj" in capsys.readouterr().err
+    save_file({key: tensor for key, tensor in tensors.items() if key != name}, out / "model.safetensors")
+    assert main(["evaluate", str(out), "--sequence-length", "64"]) == 1
+    assert f"missing tensor {name}" in capsys.readouterr().err
 
 
 def test_a_model_is_no_distance_from_itself(make_checkpoint: Callable[..., Path]) -> None:

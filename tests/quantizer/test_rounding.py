@@ -8,7 +8,7 @@ import torch
 from kernels.format import pack_int4
 from quantizer.pipeline import pack
 from quantizer.rounding import nearest_values, range_parameters, round_feedback, round_nearest
-from quantizer.search import output_error, parameter_chooser
+from quantizer.search import RangeChooser, output_error
 
 
 def _problem(rows: int = 48, columns: int = 128, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -24,7 +24,7 @@ def _problem(rows: int = 48, columns: int = 128, seed: int = 0) -> tuple[torch.T
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 def test_nearest_is_within_half_a_step_and_agrees_with_the_search_loop(group_size: int) -> None:
     weight, moment = _problem()
-    rounded = round_nearest(weight, moment, group_size, parameter_chooser(None))
+    rounded = round_nearest(weight, moment, group_size, RangeChooser(None))
     values = rounded.dequantize()
     assert torch.equal(values, nearest_values(weight, group_size))
     step = rounded.scales.float().repeat_interleave(group_size, 1)
@@ -37,7 +37,7 @@ def test_nearest_is_within_half_a_step_and_agrees_with_the_search_loop(group_siz
 @pytest.mark.parametrize("clip", [False, True])
 def test_feedback_beats_nearest_on_correlated_inputs(group_size: int, clip: bool) -> None:
     weight, moment = _problem()
-    choose = parameter_chooser(torch.full((weight.shape[0],), clip))
+    choose = RangeChooser(torch.full((weight.shape[0],), clip))
     nearest = round_nearest(weight, moment, group_size, choose).dequantize()
     feedback = round_feedback(weight, moment, group_size, choose).dequantize()
     assert output_error(feedback - weight, moment) < 0.8 * output_error(nearest - weight, moment)
@@ -46,7 +46,7 @@ def test_feedback_beats_nearest_on_correlated_inputs(group_size: int, clip: bool
 def test_feedback_equals_nearest_when_inputs_are_uncorrelated() -> None:
     weight, moment = _problem()
     moment = torch.diag(moment.diagonal())
-    choose = parameter_chooser(None)
+    choose = RangeChooser(None)
     nearest, feedback = (function(weight, moment, 32, choose) for function in (round_nearest, round_feedback))
     assert torch.equal(nearest.integers, feedback.integers)
     assert torch.equal(nearest.zeros, feedback.zeros)
@@ -55,7 +55,7 @@ def test_feedback_equals_nearest_when_inputs_are_uncorrelated() -> None:
 def test_feedback_with_long_groups_matches_the_textbook_update() -> None:
     """The blocked update against the plain one, a column at a time over the whole row, with a group of 128."""
     weight, moment = _problem(rows=8)
-    result = round_feedback(weight, moment, 128, parameter_chooser(None))
+    result = round_feedback(weight, moment, 128, RangeChooser(None))
     scale, zero = range_parameters(weight.amin(-1, keepdim=True), weight.amax(-1, keepdim=True))
     damped = moment.double() + 0.01 * moment.diagonal().mean() * torch.eye(128)
     factor = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
@@ -73,7 +73,7 @@ def test_singular_moment_is_damped() -> None:
     weight, _ = _problem()
     column = torch.randn(128, 1)
     for moment in (column @ column.t(), torch.zeros(128, 128)):
-        result = round_feedback(weight, moment, 32, parameter_chooser(None))
+        result = round_feedback(weight, moment, 32, RangeChooser(None))
         assert torch.isfinite(result.dequantize()).all()
 
 
@@ -81,7 +81,7 @@ def test_undefined_moment_is_refused_and_does_not_hang() -> None:
     weight, moment = _problem()
     moment[3, 3] = torch.nan
     with pytest.raises(ValueError, match="not finite"):
-        round_feedback(weight, moment, 32, parameter_chooser(None))
+        round_feedback(weight, moment, 32, RangeChooser(None))
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_undefined_moment_is_refused_and_does_not_hang() -> None:
     ids=["zero", "constant", "negative", "tiny", "one-sided"],
 )
 def test_degenerate_groups_stay_finite_and_close(weight: torch.Tensor) -> None:
-    rounded = round_nearest(weight, torch.eye(32), 32, parameter_chooser(torch.ones(8, dtype=torch.bool)))
+    rounded = round_nearest(weight, torch.eye(32), 32, RangeChooser(torch.ones(8, dtype=torch.bool)))
     assert torch.isfinite(rounded.scales).all() and (rounded.scales > 0).all()
     # A step of the range, or what the smallest scale of fp16 cannot resolve.
     assert (rounded.dequantize() - weight).abs().max() <= max(float(weight.abs().max()) / 15, 2.0**-24)
@@ -104,13 +104,13 @@ def test_degenerate_groups_stay_finite_and_close(weight: torch.Tensor) -> None:
 
 def test_packed_weight_dequantizes_to_what_was_rounded() -> None:
     weight, moment = _problem()
-    rounded = round_nearest(weight, moment, 64, parameter_chooser(None))
+    rounded = round_nearest(weight, moment, 64, RangeChooser(None))
     packed = pack("layer", rounded, 64)
     assert torch.equal(packed.dequantize(), rounded.dequantize())
     assert torch.equal(packed.qzeros, pack_int4(rounded.zeros.t()))
 
 
 def test_scales_too_large_for_fp16_are_refused_by_name() -> None:
-    rounded = round_nearest(torch.full((8, 32), 2e6), torch.eye(32), 32, parameter_chooser(None))
+    rounded = round_nearest(torch.full((8, 32), 2e6), torch.eye(32), 32, RangeChooser(None))
     with pytest.raises(ValueError, match=r"model\.x"):
         pack("model.x", rounded, 32)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from quantizer.calibrate import InputStatistics
+from quantizer.config import EFFORTS
 from quantizer.rounding import nearest_values
-from quantizer.search import output_error, output_errors, parameter_chooser, search_scales
+from quantizer.search import RangeChooser, output_error, output_errors, search_scales
 
 
 def _statistics(inputs: torch.Tensor) -> InputStatistics:
@@ -39,6 +42,16 @@ def test_salient_channels_are_protected_and_the_reported_error_is_real() -> None
     assert abs(output_error(delta, statistics.second_moment) / choice.error - 1) < 1e-5
 
 
+def test_error_and_energy_are_of_the_same_rows() -> None:
+    """Else their ratio would depend on how many rows the search leaves out."""
+    weight, inputs = _salient()
+    statistics, effort = _statistics(inputs), replace(EFFORTS["fast"], search_rows=16)
+    choice, rows = search_scales(weight, statistics, 32, effort=effort), weight[::4]
+    assert abs(choice.energy / output_error(rows, statistics.second_moment) - 1) < 1e-5
+    delta = nearest_values(rows, 32) - rows
+    assert abs(choice.error_identity / output_error(delta, statistics.second_moment) - 1) < 1e-5
+
+
 def test_identity_is_chosen_where_nothing_is_better() -> None:
     """Integers 0..15 in every group are exact unscaled, so every other candidate can only lose."""
     weight = torch.randint(0, 16, (32, 64)).float()
@@ -62,8 +75,10 @@ def test_clip_never_raises_a_groups_error_and_leaves_other_rows_alone() -> None:
     weight[::2, 5] = 12.0  # an outlier worth giving up in a quiet channel
     moment = _statistics(inputs).second_moment[:32, :32]
     rows = torch.arange(64) % 2 == 0
-    plain_scale, plain_zero = parameter_chooser(None)(weight[:, :32], moment)
-    scale, zero = parameter_chooser(rows)(weight[:, :32], moment)
+    plain_scale, plain_zero = RangeChooser(None)(weight[:, :32], moment)
+    choose = RangeChooser(rows)
+    scale, zero = choose(weight[:, :32], moment)
+    assert torch.equal(choose.num_clipped > 0, (scale < plain_scale).squeeze(1))
     assert torch.equal(scale[~rows], plain_scale[~rows]) and torch.equal(zero[~rows], plain_zero[~rows])
     assert (scale[rows] <= plain_scale[rows]).all() and (scale[rows] < plain_scale[rows]).any()
 
@@ -72,3 +87,9 @@ def test_clip_never_raises_a_groups_error_and_leaves_other_rows_alone() -> None:
         return output_errors((levels - zero) * scale - weight[:, :32], moment)
 
     assert (errors(scale, zero) <= errors(plain_scale, plain_zero) * (1 + 1e-5)).all()
+
+
+def test_less_effort_looks_at_fewer_candidates_and_is_never_worse_than_nothing() -> None:
+    weight, inputs = _salient()
+    fast, default, high = (search_scales(weight, _statistics(inputs), 32, effort=EFFORTS[name]) for name in EFFORTS)
+    assert high.error <= default.error <= fast.error < fast.error_identity

@@ -111,7 +111,7 @@ WRONG_CONFIGS: list[tuple[dict, str]] = [
     ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
     ({"rope_parameters": {"rope_type": "spiral"}}, "rope type 'spiral' is not supported"),
     ({"hidden_size": "big"}, "hidden_size must be a positive integer, found 'big'"),
-    ({"quantization_config": {"quant_method": "gptq"}}, "quant_method 'gptq' is not supported"),
+    ({"quantization_config": {"quant_method": "aqlm"}}, "quant_method 'aqlm' is not supported"),
     (
         {"quantization_config": {"quant_method": "awq", "bits": 3, "group_size": 64}},
         "bits 3 is not supported; supported: 4",

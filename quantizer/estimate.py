@@ -1,0 +1,161 @@
+"""How much memory, disk and time a quantization will take, before it starts."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from quantizer.calibrate import BATCH_TOKENS
+from quantizer.config import EFFORTS, QuantizeError, QuantizeOptions
+from quantizer.mappings import Architecture
+from quantizer.work_folder import reusable_bytes
+
+PROCESS_BYTES = 850_000_000
+"""Python, torch and transformers, before any tensor."""
+EFFICIENCY = 0.5
+"""What the work reaches of the rate of one large matmul, as measured on a model of 135 million parameters."""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Bytes and seconds; memory is `fixed` and what every calibration sequence adds."""
+
+    fixed_bytes: int
+    bytes_per_sample: int
+    num_samples: int
+    disk_bytes: int
+    seconds: float
+
+    @property
+    def memory_bytes(self) -> int:
+        return self.fixed_bytes + self.num_samples * self.bytes_per_sample
+
+
+def estimate(
+    architecture: Architecture,
+    options: QuantizeOptions,
+    shapes: Mapping[str, tuple[int, ...]],
+    num_layers: int,
+    num_samples: int,
+    operations_per_second: float,
+) -> Estimate:
+    """shapes: of every tensor of the dense model. All layers are taken to be like the first."""
+    prefix = architecture.layer_prefix(0)
+    linears = {name: shapes[f"{prefix}{name}.weight"] for name in architecture.linears}
+    groups = [
+        (sum(linears[name][0] for name in group.linears), linears[group.linears[0]][1]) for group in architecture.groups
+    ]
+    layer = sum(rows * columns for rows, columns in linears.values())
+    others = [math.prod(shape) for name, shape in shapes.items() if not name.startswith(f"{architecture.layers}.")]
+    hidden_size, tokens = groups[0][1], num_samples * options.sequence_length
+    moments = sum(columns**2 for _, columns in groups)
+    forward = 4 * BATCH_TOKENS * (4 * max(rows for rows, _ in groups) + 8 * hidden_size)
+    capture = 4 * (layer + moments) + forward
+    # Original, folded and dequantized layer, and for one group of linears: a scaled moment and two matrices in fp64 while it is
+    # factored; then the factor, and the columns as they are updated or refined.
+    per_weight = 21 if EFFORTS[options.effort].sweeps else 12
+    rounding = 4 * (3 * layer + moments) + max(
+        max(20 * columns**2 + 4 * rows * columns, 8 * columns**2 + per_weight * rows * columns)
+        for rows, columns in groups
+    )
+    fixed = PROCESS_BYTES + max(capture, rounding, 8 * max(others))
+    packed = num_layers * layer * (4 + 20 / options.group_size if options.group_size > 0 else 4) / 8 + 2 * sum(others)
+    operations = num_layers * _layer_operations(options, groups, layer, tokens)
+    return Estimate(
+        fixed_bytes=int(fixed),
+        # Read by one layer, written by it, and joined from batches.
+        bytes_per_sample=3 * 4 * options.sequence_length * hidden_size,
+        num_samples=num_samples,
+        # Finished parts, and the checkpoint made of them; the hidden states that enter the next layer, twice while replaced.
+        disk_bytes=int(2 * packed + 8 * tokens * hidden_size),
+        seconds=operations / (EFFICIENCY * operations_per_second),
+    )
+
+
+def _layer_operations(options: QuantizeOptions, groups: list[tuple[int, int]], layer: int, tokens: int) -> float:
+    """Additions and multiplications in one layer. groups: rows and columns of the linears that share an input."""
+    effort = EFFORTS[options.effort]
+    hidden_size = groups[0][1]
+    total = 2 * tokens * (2 * layer + 4 * options.sequence_length * hidden_size)  # two passes
+    for rows, columns in groups:
+        total += 2 * tokens * columns**2 + 10 * rows * columns**2  # the moment, and errors for the report
+        if options.scales:
+            total += 2 * (2 * effort.exponent_steps + 5) * min(rows, effort.search_rows) * columns**2
+        if options.rounding == "feedback":
+            total += (1 + 4 * effort.sweeps) * rows * columns**2 + 4 * columns**3
+    return float(total)
+
+
+def measured_rate(size: int = 1024) -> float:
+    """Additions and multiplications per second of an fp32 matmul, the best of a few."""
+    matrix = torch.ones(size, size)
+    fastest = math.inf
+    for _ in range(4):
+        started = time.perf_counter()
+        matrix @ matrix
+        fastest = min(fastest, time.perf_counter() - started)
+    return 2 * size**3 / fastest
+
+
+def check_fits(needed: Estimate, available_bytes: int, free_disk_bytes: int, folder: Path) -> None:
+    """QuantizeError if memory or disk will not do; it says what would."""
+    if needed.disk_bytes > free_disk_bytes:
+        raise QuantizeError(
+            f"{folder}: needs about {_gigabytes(needed.disk_bytes)} of disk, {_gigabytes(free_disk_bytes)} are free"
+        )
+    if needed.memory_bytes <= available_bytes:
+        return
+    message = (
+        f"needs about {_gigabytes(needed.memory_bytes)} of memory, {_gigabytes(available_bytes)} are available; "
+        f"--no-memory-check tries all the same"
+    )
+    fitting = (available_bytes - needed.fixed_bytes) // needed.bytes_per_sample
+    if fitting >= 1:
+        raise QuantizeError(f"{message}; --samples {fitting} would fit")
+    raise QuantizeError(
+        f"{message}; no number of samples would fit: one layer alone takes {_gigabytes(needed.fixed_bytes)}"
+    )
+
+
+def free_disk_bytes(out: Path) -> int:
+    """Free space where OUT is to be, with what an interrupted run has taken of it already."""
+    existing = next(folder for folder in out.absolute().parents if folder.exists())
+    return shutil.disk_usage(existing).free + reusable_bytes(out)
+
+
+def available_memory() -> int:
+    """Bytes this process may take, with what it has: the control group's limit where there is one, else the host's memory."""
+    own = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    host = int(fields["MemAvailable"].split()[0]) * 1024
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        if limit == "max":
+            return own + host
+        used = int((group / "memory.current").read_text())
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        # Cached file pages are given back before anything fails.
+        return own + min(host, int(limit) - used + int(statistics["inactive_file"]))
+    except (OSError, ValueError, KeyError):
+        return own + host
+
+
+def describe(needed: Estimate) -> str:
+    minutes = needed.seconds / 60
+    duration = f"{minutes:.0f} min" if minutes >= 2 else f"{needed.seconds:.0f} s"
+    return (
+        f"about {_gigabytes(needed.memory_bytes)} of memory, {_gigabytes(needed.disk_bytes)} of disk and {duration} "
+        f"for {needed.num_samples} calibration sequences"
+    )
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB"

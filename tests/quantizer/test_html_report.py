@@ -1,0 +1,77 @@
+"""The page says what the JSON says, needs nothing else, and its command gives the same options."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quantizer.__main__ import build_parser, main, options_from_arguments
+from quantizer.config import QuantizeOptions
+from quantizer.html_report import command, render
+from quantizer.run import quantize
+
+
+def _numbers(value: Any) -> Iterator[str]:
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(item)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield repr(value)
+
+
+def test_every_number_is_the_jsons(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    source, out = make_checkpoint("llama"), tmp_path / "out"
+    quantize(str(source), out, QuantizeOptions(group_size=32, samples=2, sequence_length=64), progress=False)
+    arguments = ["evaluate", str(out), "--reference", str(source), "--sequence-length", "64", "--max-tokens", "128"]
+    assert main([*arguments, "--report"]) == 0
+    report = json.loads((out / "quantization_report.json").read_text())
+    page = (out / "quantization_report.html").read_text()
+    shown = re.findall(r'<span title="([^"]+)">([^<]+)</span>', page)
+    known = {*_numbers(report), repr(len(report["layers"]))}
+    assert {title for title, _ in shown} <= known
+    for title, text in shown:
+        assert float(text.replace(",", "")) == pytest.approx(float(title), rel=1e-3)
+    shown_values = {title for title, _ in shown}
+    for layer in report["layers"]:
+        assert set(_numbers(layer["linears"])) | set(_numbers(layer["scales"])) <= shown_values
+    assert {repr(report["evaluation"][key]) for key in ("perplexity", "kl_mean", "bits_per_weight")} <= shown_values
+    plotted = re.findall(r"<title>layer (\d+): ([^<]+)</title>", page)
+    means = [layer[key] for key in ("error_nearest", "error") for layer in report["layers"]]
+    assert [float(value) for _, value in plotted] == means
+    assert f"<title>{max(means)!r}</title>" in page, "the plot's scale"
+    for layer in report["layers"]:
+        errors = [linear["error"] for linear in layer["linears"]]
+        assert layer["error"] == pytest.approx(sum(errors) / len(errors))
+    assert page == render(report)
+    assert not re.search(r"<script|src=|href=|@import|url\(", page)
+
+
+def test_names_are_escaped(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    source = make_checkpoint("llama", name="a<b>&c")
+    quantize(
+        str(source), tmp_path / "out", QuantizeOptions(group_size=32, samples=2, sequence_length=64), progress=False
+    )
+    page = (tmp_path / "out" / "quantization_report.html").read_text()
+    assert "a&lt;b&gt;&amp;c" in page and "a<b>" not in page
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        QuantizeOptions(),
+        QuantizeOptions(group_size=64, effort="fast", format="compressed-tensors", clip=False, seed=3),
+        QuantizeOptions(method="rtn", samples=4, dtype="bfloat16", max_shard_bytes=1_500_000_001),
+        QuantizeOptions(rounding="nearest", scales=False, modules_to_not_convert=("k_proj", "layers.0.")),
+    ],
+)
+def test_the_command_repeats_the_options(options: QuantizeOptions) -> None:
+    words = shlex.split(command("a folder/model", options.resolved(), "v 1"))
+    parsed = build_parser().parse_args(words[1:])
+    assert (parsed.source, parsed.revision) == ("a folder/model", "v 1")
+    assert options_from_arguments(parsed).resolved() == options.resolved()
