@@ -11,6 +11,7 @@ from starlette.responses import Response
 from server.api.context import ApiContext
 from server.api.errors import RequestError, error_body
 from server.api.generation import Delta, Generation
+from server.api.logprobs import chat_logprobs, prompt_logprobs
 from server.api.parse import parse_chat, read_body
 from server.api.responses import (
     SSE_DONE,
@@ -20,6 +21,7 @@ from server.api.responses import (
     ChatChunkChoice,
     ChatCompletion,
     ChatDelta,
+    ChatLogprobs,
     Usage,
     json_response,
     sse_event,
@@ -43,31 +45,47 @@ async def create_chat_completion(request: Request, context: ApiContext) -> Respo
 
 
 async def _whole(generation: Generation) -> ChatCompletion:
-    texts: dict[int, list[str]] = {choice.index: [] for choice in generation.choices}
-    token_ids: dict[int, list[int]] = {choice.index: [] for choice in generation.choices}
+    job = generation.job
+    gathered = {choice.index: Delta(choice, "", []) for choice in generation.choices}
     async for deltas in generation.deltas():
         for delta in deltas:
-            texts[delta.choice.index].append(delta.text)
-            token_ids[delta.choice.index] += delta.token_ids
-    with_ids = generation.job.return_token_ids
-    choices = [
-        ChatChoice(
-            index=choice.index,
-            message=AssistantMessage(content="".join(texts[choice.index])),
-            finish_reason=None if choice.finish_reason is None else choice.finish_reason.value,
-            stop_reason=choice.stop_reason,
-            token_ids=token_ids[choice.index] if with_ids else UNSET,
-        )
-        for choice in generation.choices
-    ]
-    return ChatCompletion(
+            whole = gathered[delta.choice.index]
+            whole.text += delta.text
+            whole.token_ids += delta.token_ids
+            whole.logprobs += delta.logprobs
+    answer = ChatCompletion(
         id=generation.id,
         created=generation.created,
-        model=generation.job.model,
-        choices=choices,
+        model=job.model,
+        choices=[_choice(generation, whole) for whole in gathered.values()],
         usage=generation.usage(),
-        prompt_token_ids=generation.job.prompts[0].token_ids if with_ids else UNSET,
     )
+    prompt = job.prompts[0].token_ids
+    if job.return_token_ids:
+        answer.prompt_token_ids = prompt
+    if job.num_prompt_logprobs is not None:
+        entries = generation.choices[0].prompt_logprobs
+        answer.prompt_logprobs = prompt_logprobs(generation.tokenizer, job.num_prompt_logprobs, prompt, entries)
+    return answer
+
+
+def _choice(generation: Generation, whole: Delta) -> ChatChoice:
+    choice = whole.choice
+    return ChatChoice(
+        index=choice.index,
+        message=AssistantMessage(content=whole.text),
+        logprobs=_logprobs(generation, whole),
+        finish_reason=None if choice.finish_reason is None else choice.finish_reason.value,
+        stop_reason=choice.stop_reason,
+        token_ids=whole.token_ids if generation.job.return_token_ids else UNSET,
+    )
+
+
+def _logprobs(generation: Generation, delta: Delta) -> ChatLogprobs | None:
+    num_top = generation.job.sampling.num_logprobs
+    if num_top is None:
+        return None
+    return chat_logprobs(generation.tokenizer, num_top, delta.token_ids, delta.logprobs)
 
 
 async def _events(generation: Generation) -> AsyncIterator[bytes]:
@@ -82,7 +100,7 @@ async def _events(generation: Generation) -> AsyncIterator[bytes]:
             chunks = []
             for delta in deltas:
                 usage = generation.usage() if job.continuous_usage else no_usage
-                chunks.append(sse_event(_chunk(generation, [_chunk_choice(job.return_token_ids, delta)], usage)))
+                chunks.append(sse_event(_chunk(generation, [_chunk_choice(generation, delta)], usage)))
             yield b"".join(chunks)
         if job.include_usage:
             yield sse_event(_chunk(generation, [], generation.usage()))
@@ -103,14 +121,15 @@ def _role_chunk(generation: Generation, index: int, is_first: bool) -> ChatChunk
     return chunk
 
 
-def _chunk_choice(with_ids: bool, delta: Delta) -> ChatChunkChoice:
+def _chunk_choice(generation: Generation, delta: Delta) -> ChatChunkChoice:
     choice = delta.choice
     return ChatChunkChoice(
         index=choice.index,
         delta=ChatDelta(content=delta.text),
+        logprobs=_logprobs(generation, delta),
         finish_reason=None if choice.finish_reason is None else choice.finish_reason.value,
         stop_reason=choice.stop_reason,
-        token_ids=delta.token_ids if with_ids else UNSET,
+        token_ids=delta.token_ids if generation.job.return_token_ids else UNSET,
     )
 
 

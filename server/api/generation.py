@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from server.api.context import ApiContext
 from server.api.errors import RequestError
@@ -13,7 +13,7 @@ from server.api.parse import GenerationJob, PromptJob
 from server.api.responses import PromptTokensDetails, Usage
 from server.engine.client import EngineClient, Mailbox
 from server.text import Detokenizer, StopStrings, Tokenizer
-from server.types import AbortReason, FinishReason, GenerateRequest, TokenEvent
+from server.types import AbortReason, FinishReason, GenerateRequest, TokenEvent, TokenLogprob
 
 
 @dataclass(slots=True)
@@ -23,6 +23,7 @@ class Delta:
     choice: Choice
     text: str
     token_ids: list[int]
+    logprobs: list[TokenLogprob] = field(default_factory=list)  # one per token id, where the job asks for them
 
 
 class Choice:
@@ -38,6 +39,7 @@ class Choice:
         self.num_cached_tokens = 0
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
+        self.prompt_logprobs: list[TokenLogprob] = []
         self._sampling = job.sampling
         self._include_stop = job.include_stop
         self._detokenizer = Detokenizer(tokenizer, prompt.token_ids, job.skip_special_tokens)
@@ -46,6 +48,12 @@ class Choice:
     def accept(self, event: TokenEvent) -> Delta:
         """The delta that an event makes. A stop string ends the choice at the token that completes it; the rest is dropped."""
         self.num_cached_tokens = event.num_cached_tokens
+        if event.prompt_logprobs is not None:
+            self.prompt_logprobs = event.prompt_logprobs
+        if not self.prompt.max_tokens:  # only the prompt was to be scored
+            self.finish_reason = FinishReason.LENGTH
+            return Delta(self, "", [])
+        logprobs = event.logprobs or []
         text = ""
         for position, token_id in enumerate(event.token_ids):
             self.num_tokens += 1
@@ -53,13 +61,14 @@ class Choice:
             if not is_stop_token or self._include_stop:
                 text += self._show(self._detokenizer.feed((token_id,)))
             if self._stop_strings.matched is not None:
-                return self._finish(FinishReason.STOP, text, event.token_ids[: position + 1])
+                length = position + 1
+                return self._finish(FinishReason.STOP, text, event.token_ids[:length], logprobs[:length])
         if event.finish_reason is None:
-            return Delta(self, text, event.token_ids)
+            return Delta(self, text, event.token_ids, logprobs)
         text += self._show(self._detokenizer.finish())
         if event.stop_token_id in self._sampling.stop_token_ids:
             self.stop_reason = event.stop_token_id
-        return self._finish(event.finish_reason, text + self._stop_strings.finish(), event.token_ids)
+        return self._finish(event.finish_reason, text + self._stop_strings.finish(), event.token_ids, logprobs)
 
     def _show(self, piece: str) -> str:
         """Text past the stop strings; those do not count in the first `min_tokens` tokens."""
@@ -67,12 +76,12 @@ class Choice:
             return piece
         return self._stop_strings.feed(piece)
 
-    def _finish(self, reason: FinishReason, text: str, token_ids: list[int]) -> Delta:
+    def _finish(self, reason: FinishReason, text: str, token_ids: list[int], logprobs: list[TokenLogprob]) -> Delta:
         self.finish_reason = reason
         if self._stop_strings.matched is not None:
             self.finish_reason = FinishReason.STOP
             self.stop_reason = self._stop_strings.matched
-        return Delta(self, text, token_ids)
+        return Delta(self, text, token_ids, logprobs)
 
 
 class Generation:
@@ -87,6 +96,7 @@ class Generation:
         self.id = f"{id_prefix}-{uuid.uuid4().hex}"
         self.created = int(time.time())
         self._engine: EngineClient = context.engine
+        self.tokenizer = context.tokenizer
         self._mailbox = Mailbox()
         self.choices = [
             Choice(
@@ -99,7 +109,10 @@ class Generation:
             for prompt_index, prompt in enumerate(job.prompts)
             for choice_index in range(job.num_choices)
         ]
-        self._unfinished = {choice.request_id: choice for choice in self.choices if choice.prompt.max_tokens > 0}
+        scores_prompt = job.sampling.num_prompt_logprobs is not None
+        self._unfinished = {
+            choice.request_id: choice for choice in self.choices if choice.prompt.max_tokens > 0 or scores_prompt
+        }
 
     def start(self) -> None:
         """Raises EngineUnavailable when the engine takes no requests."""
@@ -119,7 +132,7 @@ class Generation:
     async def deltas(self) -> AsyncIterator[list[Delta]]:
         """What each wake-up brings: one delta per choice, of one step, or of more when the reader is slower than the engine.
 
-        Raises RequestError 500 when a choice fails.
+        Raises RequestError when a choice fails.
         """
         for choice in self.choices:
             if choice.request_id not in self._unfinished:  # nothing to generate: echo alone
@@ -132,12 +145,13 @@ class Generation:
                     continue
                 choice = self._unfinished[event.request_id]
                 if event.finish_reason is FinishReason.ERROR:
-                    raise RequestError(event.error or "the engine failed", status=500, code="engine_error")
+                    raise _failure(event)
                 delta = choice.accept(event)
                 earlier = deltas.setdefault(event.request_id, delta)
                 if earlier is not delta:
                     earlier.text += delta.text
                     earlier.token_ids = earlier.token_ids + delta.token_ids
+                    earlier.logprobs = earlier.logprobs + delta.logprobs
                 if choice.finish_reason is not None:
                     del self._unfinished[choice.request_id]
                     if event.finish_reason is None:
@@ -163,3 +177,10 @@ class Generation:
             num_prompt_tokens + num_completion_tokens,
             PromptTokensDetails(num_cached_tokens),
         )
+
+
+def _failure(event: TokenEvent) -> RequestError:
+    message = event.error or "the engine failed"
+    if event.is_request_fault:
+        return RequestError(message)
+    return RequestError(message, status=500, code="engine_error")

@@ -15,7 +15,6 @@ from server.api.schemas import ChatRequest, CompletionRequest, GenerationFields,
 from server.api.sse import ClientGone
 from server.types import SamplingParams
 
-DEFAULT_COMPLETION_TOKENS = 16
 MIN_TEMPERATURE = 0.01  # of those above 0: dividing logits by less overflows and says no more than greedy does
 
 _Schema = TypeVar("_Schema", bound=Schema)
@@ -23,7 +22,7 @@ _Schema = TypeVar("_Schema", bound=Schema)
 
 @dataclass(frozen=True, slots=True)
 class PromptJob:
-    """One prompt. With `max_tokens` 0 there is nothing to generate. `echo_text` goes before the output's text."""
+    """One prompt. With `max_tokens` 0 nothing is generated. `echo_text` goes before the output's text."""
 
     token_ids: list[int]
     max_tokens: int
@@ -46,12 +45,15 @@ class GenerationJob:
     include_usage: bool
     continuous_usage: bool
     return_token_ids: bool
+    echo: bool = False
+    num_prompt_logprobs: int | None = None  # as the answer shows them by themselves
 
     def sampling_of(self, prompt: PromptJob, choice: int) -> SamplingParams:
         seed = self.sampling.seed
         if seed is not None:
             seed = (seed + choice) % 2**63
-        return replace(self.sampling, max_tokens=prompt.max_tokens, seed=seed)
+        # The engine always samples; where nothing is to be generated, its one token is dropped.
+        return replace(self.sampling, max_tokens=max(prompt.max_tokens, 1), seed=seed)
 
 
 async def read_body(request: Request, schema: type[_Schema], max_bytes: int) -> _Schema:
@@ -86,17 +88,30 @@ async def read_body(request: Request, schema: type[_Schema], max_bytes: int) -> 
 async def parse_completion(body: CompletionRequest, context: ApiContext) -> GenerationJob:
     model = context.model_name(body.model)
     token_ids, texts = await _tokenize_prompts(body, context)
-    max_tokens = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-    if max_tokens == 0 and not body.echo:
+    if body.max_tokens == 0 and not body.echo:
         raise RequestError("max_tokens: must be at least 1 without echo (got 0)", param="max_tokens")
+    scores_prompt = body.prompt_logprobs is not None or (bool(body.echo) and body.logprobs is not None)
     prompts = []
-    for index, ids in enumerate(token_ids):
-        limit = _room(ids, context, needs_output=max_tokens > 0)
+    for index, whole in enumerate(token_ids):
+        ids = _truncated(whole, body, context, body.max_tokens)
+        limit = _room(ids, context, needs_output=body.max_tokens != 0 or scores_prompt)
         echo_text = ""
         if body.echo:
-            echo_text = texts[index] if texts is not None else context.tokenizer.decode(ids)
-        prompts.append(PromptJob(ids, min(max_tokens, limit), echo_text))
-    return _job(body, context, model, prompts, max_tokens)
+            echo_text = texts[index] if texts is not None and ids is whole else context.tokenizer.decode(ids)
+        asked = limit if body.max_tokens is None else body.max_tokens
+        prompts.append(PromptJob(ids, min(asked, limit), echo_text))
+    return replace(
+        _job(
+            body,
+            context,
+            model,
+            prompts,
+            max(prompt.max_tokens for prompt in prompts) if body.max_tokens is None else body.max_tokens,
+            num_logprobs=body.logprobs,
+            num_prompt_logprobs=body.logprobs if body.echo else None,
+        ),
+        echo=bool(body.echo),
+    )
 
 
 async def parse_chat(body: ChatRequest, context: ApiContext) -> GenerationJob:
@@ -119,11 +134,27 @@ async def parse_chat(body: ChatRequest, context: ApiContext) -> GenerationJob:
     [ids] = await context.tokenizer.encode_all([text], add_special_tokens=False)
     if not ids:
         raise RequestError("messages: the chat template makes an empty prompt of them", param="messages")
-    limit = _room(ids, context, needs_output=True, param="messages")
+    if body.top_logprobs and not body.logprobs:
+        raise RequestError("top_logprobs: only allowed when logprobs is true", param="top_logprobs")
     asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    ids = _truncated(ids, body, context, asked)
+    limit = _room(ids, context, needs_output=True, param="messages")
     if asked is None:
         asked = context.defaults.max_new_tokens or limit
-    return _job(body, context, model, [PromptJob(ids, min(asked, limit))], asked)
+    num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    return _job(body, context, model, [PromptJob(ids, min(asked, limit))], asked, num_logprobs)
+
+
+def _truncated(ids: list[int], body: GenerationFields, context: ApiContext, max_tokens: int | None) -> list[int]:
+    """The end of a prompt that `truncate_prompt_tokens` asks for."""
+    length = body.truncate_prompt_tokens
+    if length is None:
+        return ids
+    if length == 0:
+        raise RequestError("truncate_prompt_tokens: must be -1 or at least 1 (got 0)", param="truncate_prompt_tokens")
+    if length < 0:
+        length = max(1, context.max_model_len - (1 if max_tokens is None else max_tokens))
+    return ids[-length:] if len(ids) > length else ids
 
 
 async def _tokenize_prompts(body: CompletionRequest, context: ApiContext) -> tuple[list[list[int]], list[str] | None]:
@@ -195,18 +226,32 @@ def _too_long(num_tokens: str, max_model_len: int, param: str) -> RequestError:
 
 
 def _job(
-    body: GenerationFields, context: ApiContext, model: str, prompts: list[PromptJob], max_tokens: int
+    body: GenerationFields,
+    context: ApiContext,
+    model: str,
+    prompts: list[PromptJob],
+    max_tokens: int,
+    num_logprobs: int | None,
+    num_prompt_logprobs: int | None = None,
 ) -> GenerationJob:
     stream = bool(body.stream)
     if body.stream_options is not None and not stream:
         raise RequestError("stream_options: only allowed when stream is true", param="stream_options")
+    if stream and body.prompt_logprobs is not None:
+        raise RequestError("prompt_logprobs: not available with stream", param="prompt_logprobs")
+    asked_prompt_logprobs = [num for num in (body.prompt_logprobs, num_prompt_logprobs) if num is not None]
+    sampling = replace(
+        _sampling(body, context, max_tokens),
+        num_logprobs=num_logprobs,
+        num_prompt_logprobs=max(asked_prompt_logprobs, default=None),
+    )
     options = body.stream_options
     stop = [] if body.stop is None else [body.stop] if isinstance(body.stop, str) else body.stop
     return GenerationJob(
         model=model,
         prompts=prompts,
         num_choices=body.n or 1,
-        sampling=_sampling(body, context, max_tokens),
+        sampling=sampling,
         stop_strings=tuple(dict.fromkeys(stop)),
         include_stop=bool(body.include_stop_str_in_output),
         skip_special_tokens=body.skip_special_tokens is not False,
@@ -215,6 +260,7 @@ def _job(
         include_usage=options is not None and bool(options.include_usage or options.continuous_usage_stats),
         continuous_usage=options is not None and bool(options.continuous_usage_stats),
         return_token_ids=bool(body.return_token_ids),
+        num_prompt_logprobs=body.prompt_logprobs,
     )
 
 
@@ -229,6 +275,7 @@ def _sampling(body: GenerationFields, context: ApiContext, max_tokens: int) -> S
             f"min_tokens: must be at most max_tokens ({max_tokens}) (got {min_tokens})", param="min_tokens"
         )
     _refuse_unknown_ids(body.stop_token_ids or [], context, "stop_token_ids")
+    _refuse_unknown_ids(body.allowed_token_ids or [], context, "allowed_token_ids")
     return SamplingParams(
         max_tokens=max_tokens,
         min_tokens=min_tokens,
@@ -239,4 +286,33 @@ def _sampling(body: GenerationFields, context: ApiContext, max_tokens: int) -> S
         seed=body.seed,
         stop_token_ids=tuple(dict.fromkeys(body.stop_token_ids or ())),
         ignore_eos=bool(body.ignore_eos),
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        repetition_penalty=body.repetition_penalty or defaults.repetition_penalty,
+        logit_bias=_logit_bias(body.logit_bias or {}, context),
+        allowed_token_ids=None if body.allowed_token_ids is None else tuple(dict.fromkeys(body.allowed_token_ids)),
+        bad_words=_bad_words(body.bad_words or [], context),
     )
+
+
+def _logit_bias(biases: dict[str, float], context: ApiContext) -> tuple[tuple[int, float], ...]:
+    token_ids = {}
+    for key, bias in biases.items():
+        if not key.isascii() or not key.isdecimal() or len(key) > 10 or int(key) >= context.vocab_size:
+            raise RequestError(
+                f"logit_bias: keys must be token ids from 0 to {context.vocab_size - 1} (got {key[:20]!r})",
+                param="logit_bias",
+            )
+        token_ids[int(key)] = bias
+    return tuple(token_ids.items())
+
+
+def _bad_words(words: list[str], context: ApiContext) -> tuple[tuple[int, ...], ...]:
+    """The words as token ids, as they begin a text and as they follow a space."""
+    found: dict[tuple[int, ...], None] = {}
+    for word in words:
+        for text in (word, " " + word.lstrip()):
+            token_ids = tuple(context.tokenizer.encode(text, add_special_tokens=False))
+            if token_ids:
+                found[token_ids] = None
+    return tuple(found)

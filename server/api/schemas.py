@@ -18,6 +18,9 @@ MAX_CHOICES_PER_PROMPT = 128
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 1024
 MAX_STOP_TOKEN_IDS = 1024
+MAX_BIASES = 1024
+MAX_BAD_WORDS = 128
+MAX_LOGPROBS = 20
 
 
 class Schema(BaseModel):
@@ -77,6 +80,7 @@ Prompt = Annotated[
     ],
     _union("must be a string, a list of strings, a list of token ids, or a list of lists of token ids"),
 ]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 Stop = Annotated[
     Annotated[StopString, Tag("@text")]
@@ -119,15 +123,19 @@ class GenerationFields(Schema):
     )
     user: str | None = Field(None, description="Accepted for compatibility; identifies your user to you.")
 
-    presence_penalty: OnlyZero = None
-    frequency_penalty: OnlyZero = None
-    repetition_penalty: OnlyOne = None
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100, description="1 is off; counts the prompt too.")
+    logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_BIASES)] | None = Field(
+        None, description="By token id, as a string."
+    )
+    allowed_token_ids: Annotated[list[TokenId], Field(min_length=1, max_length=2**20)] | None = None
+    bad_words: Annotated[list[StopString], Field(max_length=MAX_BAD_WORDS)] | None = None
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="Not with stream.")
+    truncate_prompt_tokens: int | None = Field(
+        None, ge=-1, le=2**31 - 1, description="How many of the prompt's last tokens to keep; -1: as many as fit."
+    )
     length_penalty: OnlyOne = None
-    logit_bias: OnlyEmptyObject = None
-    allowed_token_ids: OnlyNull = None
-    bad_words: OnlyEmptyList = None
-    prompt_logprobs: OnlyNull = None
-    truncate_prompt_tokens: OnlyNull = None
     use_beam_search: OnlyFalse = None
     spaces_between_special_tokens: OnlyTrue = None
     priority: OnlyZero = None
@@ -135,13 +143,17 @@ class GenerationFields(Schema):
 
 class CompletionRequest(GenerationFields):
     prompt: Prompt = Field(description="One prompt, or several; text or token ids.")
-    max_tokens: int | None = Field(None, ge=0, le=2**31 - 1, description="16 unless given; 0 only with echo.")
+    max_tokens: int | None = Field(
+        None, ge=0, le=2**31 - 1, description="The rest of the context unless given; 0 only with echo."
+    )
     echo: bool | None = None
     add_special_tokens: bool | None = Field(None, description="Whether the tokenizer may add its own (BOS); true.")
 
     best_of: OnlyOne = None
     suffix: OnlyEmptyString = None
-    logprobs: OnlyNull = None
+    logprobs: int | None = Field(
+        None, ge=0, le=MAX_LOGPROBS, description="How many of the likeliest tokens to tell with each token."
+    )
     response_format: OnlyNull = None
 
 
@@ -186,8 +198,8 @@ class ChatRequest(GenerationFields):
     )
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="More variables for the chat template.")
 
-    logprobs: OnlyFalse = None
-    top_logprobs: OnlyZero = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="Needs logprobs.")
     tools: OnlyEmptyList = None
     tool_choice: Annotated[Any, *_only(None, "none", "auto")] = None
     parallel_tool_calls: OnlyBool = None

@@ -13,11 +13,11 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from server.engine.block_manager import BlockManager
 from server.engine.sequence import Sequence, SequenceStatus
-from server.types import FinishReason, StepStats, TokenEvent
+from server.types import FinishReason, StepStats, TokenEvent, TokenLogprob
 
 MIN_CHUNK = 16
 """Tokens that a prompt advances by in a step even when decodes have used up the cost: nothing starves."""
@@ -60,10 +60,19 @@ class ScheduledSequence:
         """The newest token is computed, so this sequence samples."""
         return self.start + self.num_new_tokens == self.sequence.num_tokens
 
+    @property
+    def scored(self) -> range:
+        """Positions of this step whose logits tell how likely the prompt's next token is, where the request asks for that."""
+        sequence = self.sequence
+        if not sequence.num_unscored_tokens:
+            return range(0)
+        end = min(self.start + self.num_new_tokens, sequence.num_prompt_tokens - 1)
+        return range(max(self.start, len(sequence.prompt_logprobs)), end)
+
 
 @dataclass(frozen=True, slots=True)
 class ScheduledBatch:
-    """A step. Rows of logits belong to `sampling`, in that order."""
+    """A step. Rows of logits belong to `sampling`, in that order, and then to the entries' `scored` positions."""
 
     entries: list[ScheduledSequence]
     num_prefix_queries: int
@@ -84,21 +93,24 @@ class SampledToken:
     """What the runner gives back for one row: a token, or None where the logits were not finite."""
 
     token_id: int | None
+    logprob: TokenLogprob | None = None
+    error: str | None = None  # where the request's own rules left nothing to choose
 
 
 class _Step:
     """A step being filled."""
 
-    def __init__(self, budget: StepBudget) -> None:
+    def __init__(self, budget: StepBudget, max_rows: int) -> None:
         self.budget = budget
         self.entries: list[ScheduledSequence] = []
+        self._rows_left = max_rows  # of logits
         self._tokens_left = budget.max_tokens
         self._cost_left = budget.max_cost
 
     @property
     def is_full(self) -> bool:
         """Also once the cost is used up by a chunk: MIN_CHUNK is for the first one."""
-        return self._tokens_left == 0 or (self._cost_left <= 0 and not self._only_decodes)
+        return self._tokens_left == 0 or self._rows_left <= 0 or (self._cost_left <= 0 and not self._only_decodes)
 
     @property
     def _only_decodes(self) -> bool:
@@ -108,6 +120,8 @@ class _Step:
         start = sequence.num_computed_tokens
         affordable = self.budget.affordable(start, self._cost_left)
         num_new_tokens = min(sequence.num_uncomputed_tokens, self._tokens_left, affordable)
+        if sequence.num_unscored_tokens:  # each of its tokens takes a row: half of them stay for others
+            num_new_tokens = min(num_new_tokens, max(1, self._rows_left // 2))
         self.entries.append(ScheduledSequence(sequence, start, num_new_tokens))
         self._charge(self.entries[-1], 1)
 
@@ -121,6 +135,7 @@ class _Step:
     def _charge(self, entry: ScheduledSequence, sign: int) -> None:
         self._tokens_left -= sign * entry.num_new_tokens
         self._cost_left -= sign * self.budget.cost(entry.start, entry.num_new_tokens)
+        self._rows_left -= sign * (entry.num_new_tokens if entry.sequence.num_unscored_tokens else 1)
 
 
 class Scheduler:
@@ -153,7 +168,7 @@ class Scheduler:
 
     # Before the step.
     def schedule(self, now: float) -> ScheduledBatch:
-        step = _Step(self.budget)
+        step = _Step(self.budget, self.max_num_seqs)
         num_preemptions = 0
         # Decodes before chunks; within each, the order of admission. Preemption takes from the end of `running`.
         for sequence in sorted(self.running, key=lambda s: not s.is_decoding):
@@ -188,7 +203,8 @@ class Scheduler:
         for index, sequence in enumerate(self.waiting):
             if self._waits_for_sibling(sequence):
                 continue
-            prefix = self.block_manager.find_prefix(sequence)
+            # What the cache holds is not computed, and so cannot be scored.
+            prefix = [] if sequence.num_unscored_tokens else self.block_manager.find_prefix(sequence)
             if not self.block_manager.can_allocate(sequence, prefix):
                 return None
             del self.waiting[index]
@@ -236,16 +252,26 @@ class Scheduler:
         return events
 
     def _append(self, sequence: Sequence, row: SampledToken, now: float) -> TokenEvent:
+        if row.error is not None:
+            event = self.finish(sequence, FinishReason.ERROR, now, error=row.error)
+            return replace(event, is_request_fault=True)
         if row.token_id is None:
             return self.finish(sequence, FinishReason.ERROR, now, error="the model's logits were not finite")
         sequence.token_ids.append(row.token_id)
-        if sequence.first_token is None:
+        is_first = sequence.first_token is None
+        if is_first:
             sequence.first_token = now
         reason = sequence.finish_reason(self.max_model_len, self.eos_token_ids)
         if reason is None:
-            return TokenEvent(sequence.request_id, [row.token_id], sequence.num_cached_tokens)
-        stop_token_id = row.token_id if reason is FinishReason.STOP else None
-        return self.finish(sequence, reason, now, token_ids=[row.token_id], stop_token_id=stop_token_id)
+            event = TokenEvent(sequence.request_id, [row.token_id], sequence.num_cached_tokens)
+        else:
+            stop_token_id = row.token_id if reason is FinishReason.STOP else None
+            event = self.finish(sequence, reason, now, token_ids=[row.token_id], stop_token_id=stop_token_id)
+        if row.logprob is not None:
+            event = replace(event, logprobs=[row.logprob])
+        if is_first and sequence.sampling.num_prompt_logprobs is not None:
+            event = replace(event, prompt_logprobs=sequence.prompt_logprobs)
+        return event
 
     def finish(
         self,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from server.types import FinishReason, GenerateRequest, RequestTimings, SamplingParams
+from server.engine.logits import LogitRules
+from server.types import FinishReason, GenerateRequest, RequestTimings, SamplingParams, TokenLogprob
 
 
 class SequenceStatus(Enum):
@@ -30,10 +31,14 @@ class Sequence:
     status: SequenceStatus = SequenceStatus.WAITING
     first_scheduled: float | None = None
     first_token: float | None = None
+    rules: LogitRules | None = None  # made by the sampler where the request has any
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # of prompt tokens 1 on, as far as computed
+    has_rules: bool = field(init=False)
 
     def __post_init__(self) -> None:
         assert self.token_ids, "a sequence has at least one prompt token"
         assert 0 <= self.num_computed_tokens <= len(self.token_ids)
+        self.has_rules = self.request.sampling.changes_logits
 
     @property
     def request_id(self) -> str:
@@ -58,6 +63,13 @@ class Sequence:
     @property
     def num_uncomputed_tokens(self) -> int:
         return self.num_tokens - self.num_computed_tokens
+
+    @property
+    def num_unscored_tokens(self) -> int:
+        """Prompt tokens whose log probabilities are asked for and not known yet."""
+        if self.sampling.num_prompt_logprobs is None:
+            return 0
+        return self.num_prompt_tokens - 1 - len(self.prompt_logprobs)
 
     @property
     def is_decoding(self) -> bool:
