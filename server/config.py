@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+TOOL_CALL_PARSERS = ("hermes", "llama3", "mistral")
+
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
@@ -42,5 +44,7 @@ class ServerConfig:
     revision: str | None = None  # of a model that is a Hugging Face id
     generation_config: str = "auto"  # where sampling defaults come from: auto (the model's folder), none, or a folder
     chat_template: str | None = None  # a file that replaces the checkpoint's
+    tool_call_parser: str = "auto"  # how the model writes tool calls; auto: by its chat template
+    reasoning_parser: str = "auto"  # "think", "none", or auto: by the chat template
     drain_timeout: float = 5.0  # seconds that running requests get once the server is told to stop
     max_request_bytes: int = 16 * 2**20

@@ -55,6 +55,7 @@ class SamplingParams:
     bad_words: tuple[tuple[int, ...], ...] = ()  # as token ids
     num_logprobs: int | None = None  # of the most likely tokens told with each output token; None: no log probabilities
     num_prompt_logprobs: int | None = None  # the same for the prompt's tokens
+    grammar: str | None = None  # what `server.grammar` made of the request's: the output, max_tokens aside, follows it
 
     @property
     def changes_logits(self) -> bool:

@@ -10,10 +10,10 @@ from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 from starlette.responses import Response
 
-from server.api import chat, completions, ops
+from server.api import chat, completions, ops, tokenize
 from server.api.context import ApiContext
 from server.api.errors import HANDLERS
-from server.api.schemas import ChatRequest, CompletionRequest, Schema
+from server.api.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, Schema, TokenizeRequest
 from server.api.sse import ClientGone
 
 _Handler = Callable[[Request, ApiContext], Awaitable[Response]]
@@ -48,6 +48,8 @@ def create_app(context: ApiContext) -> FastAPI:
 
     route("POST", "/v1/completions", completions.create_completion, CompletionRequest)
     route("POST", "/v1/chat/completions", chat.create_chat_completion, ChatRequest)
+    route("POST", "/tokenize", tokenize.tokenize, TokenizeRequest)
+    route("POST", "/detokenize", tokenize.detokenize, DetokenizeRequest)
     route("GET", "/v1/models", ops.list_models)
     route("GET", "/v1/models/{model:path}", ops.get_model)
     route("GET", "/live", ops.live)
@@ -69,7 +71,7 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, routes=app.routes)
         _, definitions = models_json_schema(
-            [(CompletionRequest, "validation"), (ChatRequest, "validation")],
+            [(schema, "validation") for schema in (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)],
             ref_template="#/components/schemas/{model}",
         )
         document.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])

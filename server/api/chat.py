@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import AsyncIterator
 
 from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
+from server.api.answer import AnswerReader
 from server.api.context import ApiContext
 from server.api.errors import RequestError, error_body
-from server.api.generation import Delta, Generation
+from server.api.generation import Choice, Delta, Generation
 from server.api.logprobs import chat_logprobs, prompt_logprobs
 from server.api.parse import parse_chat, read_body
 from server.api.responses import (
     SSE_DONE,
     AssistantMessage,
+    CalledFunction,
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
     ChatCompletion,
     ChatDelta,
     ChatLogprobs,
+    FunctionDelta,
+    ToolCall,
+    ToolCallDelta,
     Usage,
     json_response,
     sse_event,
 )
 from server.api.schemas import ChatRequest
 from server.api.sse import EventStream, unless_disconnected
+from server.api.tools import CallArguments, CallStart
+from server.types import FinishReason
 
 
 async def create_chat_completion(request: Request, context: ApiContext) -> Response:
@@ -70,15 +78,38 @@ async def _whole(generation: Generation) -> ChatCompletion:
 
 
 def _choice(generation: Generation, whole: Delta) -> ChatChoice:
-    choice = whole.choice
+    choice, reader = whole.choice, AnswerReader(generation.job.answer)
+    piece = reader.feed(whole.text, is_last=True)
+    calls: list[ToolCall] = []
+    for event in piece.calls:
+        if isinstance(event, CallStart):
+            calls.append(ToolCall(id=_call_id(), function=CalledFunction(event.name, "")))
+        else:
+            calls[event.index].function.arguments += event.text
     return ChatChoice(
         index=choice.index,
-        message=AssistantMessage(content=whole.text),
+        message=AssistantMessage(
+            content=None if calls and not piece.content else piece.content,
+            reasoning_content=piece.reasoning or UNSET,
+            tool_calls=calls or UNSET,
+        ),
         logprobs=_logprobs(generation, whole),
-        finish_reason=None if choice.finish_reason is None else choice.finish_reason.value,
+        finish_reason=_finish_reason(generation, choice, reader),
         stop_reason=choice.stop_reason,
         token_ids=whole.token_ids if generation.job.return_token_ids else UNSET,
     )
+
+
+def _finish_reason(generation: Generation, choice: Choice, reader: AnswerReader) -> str | None:
+    """As OpenAI has it: a call that the request named ends with stop."""
+    reason = choice.finish_reason
+    if reason is FinishReason.STOP and reader.num_calls and generation.job.answer.tools != "named":
+        return "tool_calls"
+    return None if reason is None else reason.value
+
+
+def _call_id() -> str:
+    return f"call_{uuid.uuid4().hex[:24]}"
 
 
 def _logprobs(generation: Generation, delta: Delta) -> ChatLogprobs | None:
@@ -90,6 +121,7 @@ def _logprobs(generation: Generation, delta: Delta) -> ChatLogprobs | None:
 
 async def _events(generation: Generation) -> AsyncIterator[bytes]:
     job = generation.job
+    readers = {choice.index: AnswerReader(job.answer) for choice in generation.choices}
     no_usage = None if job.include_usage else UNSET
     try:
         yield b"".join(
@@ -100,8 +132,11 @@ async def _events(generation: Generation) -> AsyncIterator[bytes]:
             chunks = []
             for delta in deltas:
                 usage = generation.usage() if job.continuous_usage else no_usage
-                chunks.append(sse_event(_chunk(generation, [_chunk_choice(generation, delta)], usage)))
-            yield b"".join(chunks)
+                chunk_choice = _chunk_choice(generation, delta, readers[delta.choice.index])
+                if chunk_choice is not None:
+                    chunks.append(sse_event(_chunk(generation, [chunk_choice], usage)))
+            if chunks:
+                yield b"".join(chunks)
         if job.include_usage:
             yield sse_event(_chunk(generation, [], generation.usage()))
     except RequestError as error:
@@ -121,16 +156,33 @@ def _role_chunk(generation: Generation, index: int, is_first: bool) -> ChatChunk
     return chunk
 
 
-def _chunk_choice(generation: Generation, delta: Delta) -> ChatChunkChoice:
-    choice = delta.choice
+def _chunk_choice(generation: Generation, delta: Delta, reader: AnswerReader) -> ChatChunkChoice | None:
+    """None where these tokens have nothing to show yet."""
+    choice, job = delta.choice, generation.job
+    piece = reader.feed(delta.text, is_last=choice.finish_reason is not None)
+    made = ChatDelta(reasoning_content=piece.reasoning or UNSET)
+    if piece.content or not (piece.reasoning or piece.calls or job.answer.tools in ("named", "required")):
+        made.content = piece.content
+    if piece.calls:
+        made.tool_calls = [_call_delta(event) for event in piece.calls]
+    is_empty = not (piece.content or piece.reasoning or piece.calls)
+    if is_empty and choice.finish_reason is None and not job.return_token_ids and job.sampling.num_logprobs is None:
+        return None
     return ChatChunkChoice(
         index=choice.index,
-        delta=ChatDelta(content=delta.text),
+        delta=made,
         logprobs=_logprobs(generation, delta),
-        finish_reason=None if choice.finish_reason is None else choice.finish_reason.value,
+        finish_reason=_finish_reason(generation, choice, reader),
         stop_reason=choice.stop_reason,
-        token_ids=delta.token_ids if generation.job.return_token_ids else UNSET,
+        token_ids=delta.token_ids if job.return_token_ids else UNSET,
     )
+
+
+def _call_delta(event: CallStart | CallArguments) -> ToolCallDelta:
+    if isinstance(event, CallStart):
+        function = FunctionDelta(name=event.name, arguments="")
+        return ToolCallDelta(index=event.index, id=_call_id(), type="function", function=function)
+    return ToolCallDelta(index=event.index, function=FunctionDelta(arguments=event.text))
 
 
 def _chunk(generation: Generation, choices: list[ChatChunkChoice], usage: Usage | UnsetType | None) -> ChatChunk:

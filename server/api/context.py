@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from server.api.chat_template import ChatTemplate
 from server.api.errors import RequestError
+from server.api.tools import ToolFormat
 from server.engine.client import EngineClient
+from server.grammar import GrammarService
 from server.text import Tokenizer
 
 
@@ -37,6 +39,9 @@ class ApiContext:
     version: str = "unknown"
     defaults: SamplingDefaults = SamplingDefaults()
     chat_template: ChatTemplate | None = None
+    grammars: GrammarService | None = None
+    tool_format: ToolFormat | None = None  # how the model writes tool calls
+    parses_reasoning: bool = False  # whether the model may begin with reasoning in <think> tags
 
     @property
     def max_model_len(self) -> int:

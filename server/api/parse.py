@@ -8,7 +8,9 @@ from typing import TypeVar
 from pydantic import ValidationError
 from starlette.requests import ClientDisconnect, Request
 
-from server.api.chat_template import ChatTemplateError
+from server.api.answer import PLAIN_ANSWER, AnswerOptions
+from server.api.chat_options import answer_options, compile_grammar, grammar_source, tool_choice
+from server.api.chat_prompt import render_prompt
 from server.api.context import ApiContext
 from server.api.errors import RequestError, from_validation_error
 from server.api.schemas import ChatRequest, CompletionRequest, GenerationFields, Schema
@@ -47,6 +49,7 @@ class GenerationJob:
     return_token_ids: bool
     echo: bool = False
     num_prompt_logprobs: int | None = None  # as the answer shows them by themselves
+    answer: AnswerOptions = PLAIN_ANSWER  # of chat
 
     def sampling_of(self, prompt: PromptJob, choice: int) -> SamplingParams:
         seed = self.sampling.seed
@@ -100,6 +103,7 @@ async def parse_completion(body: CompletionRequest, context: ApiContext) -> Gene
             echo_text = texts[index] if texts is not None and ids is whole else context.tokenizer.decode(ids)
         asked = limit if body.max_tokens is None else body.max_tokens
         prompts.append(PromptJob(ids, min(asked, limit), echo_text))
+    grammar = await compile_grammar(grammar_source(body), context)
     return replace(
         _job(
             body,
@@ -109,6 +113,7 @@ async def parse_completion(body: CompletionRequest, context: ApiContext) -> Gene
             max(prompt.max_tokens for prompt in prompts) if body.max_tokens is None else body.max_tokens,
             num_logprobs=body.logprobs,
             num_prompt_logprobs=body.logprobs if body.echo else None,
+            grammar=grammar,
         ),
         echo=bool(body.echo),
     )
@@ -116,33 +121,26 @@ async def parse_completion(body: CompletionRequest, context: ApiContext) -> Gene
 
 async def parse_chat(body: ChatRequest, context: ApiContext) -> GenerationJob:
     model = context.model_name(body.model)
-    if context.chat_template is None:
-        raise RequestError(
-            f"The model `{model}` has no chat template; use /v1/completions, or start the server with --chat-template",
-            param="messages",
-        )
-    messages = [
-        {"role": message.role, "content": message.text()} | ({} if message.name is None else {"name": message.name})
-        for message in body.messages
-    ]
-    add_generation_prompt = body.add_generation_prompt is not False
-    try:
-        text = context.chat_template.render(messages, add_generation_prompt, body.chat_template_kwargs)
-    except ChatTemplateError as error:
-        raise RequestError(str(error), param="messages") from None
+    if body.top_logprobs and not body.logprobs:
+        raise RequestError("top_logprobs: only allowed when logprobs is true", param="top_logprobs")
+    choice = tool_choice(body, context)
+    text = render_prompt(body, context, choice.offered)
     _refuse_longer_text([text], context, "messages")
     [ids] = await context.tokenizer.encode_all([text], add_special_tokens=False)
     if not ids:
         raise RequestError("messages: the chat template makes an empty prompt of them", param="messages")
-    if body.top_logprobs and not body.logprobs:
-        raise RequestError("top_logprobs: only allowed when logprobs is true", param="top_logprobs")
     asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     ids = _truncated(ids, body, context, asked)
     limit = _room(ids, context, needs_output=True, param="messages")
     if asked is None:
         asked = context.defaults.max_new_tokens or limit
     num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    return _job(body, context, model, [PromptJob(ids, min(asked, limit))], asked, num_logprobs)
+    grammar = await compile_grammar(choice.grammar or grammar_source(body), context)
+    job = _job(body, context, model, [PromptJob(ids, min(asked, limit))], asked, num_logprobs, grammar=grammar)
+    answer = answer_options(body, context, choice, text, has_grammar=grammar is not None)
+    # The signs of a call may be special tokens, and are looked for in the text.
+    shows_special = answer.tools == "auto"
+    return replace(job, answer=answer, skip_special_tokens=job.skip_special_tokens and not shows_special)
 
 
 def _truncated(ids: list[int], body: GenerationFields, context: ApiContext, max_tokens: int | None) -> list[int]:
@@ -167,7 +165,7 @@ async def _tokenize_prompts(body: CompletionRequest, context: ApiContext) -> tup
             raise RequestError("prompt: must not be empty: this model adds no token of its own", param="prompt")
         return id_lists, texts
     for ids in id_lists:
-        _refuse_unknown_ids(ids, context, "prompt")
+        refuse_unknown_ids(ids, context, "prompt")
     return id_lists, None
 
 
@@ -182,7 +180,7 @@ def _split_prompt(prompt: str | list[str] | list[int] | list[list[int]]) -> tupl
     return None, prompt
 
 
-def _refuse_unknown_ids(token_ids: list[int], context: ApiContext, param: str) -> None:
+def refuse_unknown_ids(token_ids: list[int], context: ApiContext, param: str) -> None:
     highest = max(token_ids, default=-1)
     if highest >= context.vocab_size:
         raise RequestError(
@@ -233,6 +231,7 @@ def _job(
     max_tokens: int,
     num_logprobs: int | None,
     num_prompt_logprobs: int | None = None,
+    grammar: str | None = None,
 ) -> GenerationJob:
     stream = bool(body.stream)
     if body.stream_options is not None and not stream:
@@ -244,6 +243,7 @@ def _job(
         _sampling(body, context, max_tokens),
         num_logprobs=num_logprobs,
         num_prompt_logprobs=max(asked_prompt_logprobs, default=None),
+        grammar=grammar,
     )
     options = body.stream_options
     stop = [] if body.stop is None else [body.stop] if isinstance(body.stop, str) else body.stop
@@ -274,8 +274,8 @@ def _sampling(body: GenerationFields, context: ApiContext, max_tokens: int) -> S
         raise RequestError(
             f"min_tokens: must be at most max_tokens ({max_tokens}) (got {min_tokens})", param="min_tokens"
         )
-    _refuse_unknown_ids(body.stop_token_ids or [], context, "stop_token_ids")
-    _refuse_unknown_ids(body.allowed_token_ids or [], context, "allowed_token_ids")
+    refuse_unknown_ids(body.stop_token_ids or [], context, "stop_token_ids")
+    refuse_unknown_ids(body.allowed_token_ids or [], context, "allowed_token_ids")
     return SamplingParams(
         max_tokens=max_tokens,
         min_tokens=min_tokens,

@@ -11,6 +11,7 @@ from kernels.backend import Backend, BackendOptions, KVCacheSpec, create_backend
 from server.config import EngineConfig
 from server.engine.block_manager import BlockManager
 from server.engine.kv_cache import DEFAULT_POOL_SHARE, GPU_POOL_SHARE, plan_kv_cache
+from server.engine.matcher import GrammarFactory
 from server.engine.runner import Runner
 from server.engine.scheduler import ScheduledBatch, Scheduler, StepBudget
 from server.engine.sequence import Sequence
@@ -34,8 +35,16 @@ ATTENTION_PRICE = 3.0
 class Engine:
     """Continuous batching over a scheduler and a runner. `info` describes what was built."""
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, info: EngineInfo, seed: int | None = None) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        info: EngineInfo,
+        seed: int | None = None,
+        grammars: GrammarFactory | None = None,
+    ) -> None:
         self.scheduler = scheduler
+        self.grammars = grammars
         self.runner = runner
         self.info = info
         self._sequences: dict[str, Sequence] = {}
@@ -43,12 +52,17 @@ class Engine:
         self._random = random.Random(seed) if seed is not None else random.SystemRandom()
 
     def submit(self, request: GenerateRequest) -> None:
-        """Queues a request. Its id must be new, its prompt shorter than max_model_len: the edge has made sure."""
+        """Queues a request. Its id must be new, its prompt shorter than max_model_len: the edge has made sure.
+        Raises ValueError for a grammar that cannot be used."""
         assert request.request_id not in self._sequences, f"duplicate request id {request.request_id}"
         seed = request.sampling.seed
         if seed is None:
             seed = self._random.getrandbits(63)
         sequence = Sequence(request, seed, list(request.prompt_token_ids))
+        if request.sampling.grammar is not None:
+            if self.grammars is None:
+                raise ValueError("this engine has no grammars")
+            sequence.matcher = self.grammars.start(request.sampling.grammar)
         self._sequences[request.request_id] = sequence
         self.scheduler.add(sequence)
 
@@ -163,4 +177,5 @@ def build_engine(config: EngineConfig, epoch: int = 0) -> Engine:
     block_manager = BlockManager(plan.num_blocks, config.block_size, config.enable_prefix_caching)
     scheduler = Scheduler(block_manager, config.max_num_seqs, budget, plan.max_model_len, eos_token_ids)
     info = EngineInfo(epoch, plan.max_model_len, plan.num_blocks, config.block_size, backend.name, notes)
-    return Engine(scheduler, runner, info, config.seed)
+    grammars = GrammarFactory(model_dir / "tokenizer.json", model.vocab_size, eos_token_ids)
+    return Engine(scheduler, runner, info, config.seed, grammars)

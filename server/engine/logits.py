@@ -50,8 +50,9 @@ class LogitRules:
         self._disallowed: Tensor | None = None  # bool [vocabulary]
         self._bias: tuple[Tensor, Tensor] | None = None  # token ids, values
 
-    def apply(self, row: Tensor, output: Sequence[int], banned: Sequence[int] = ()) -> bool:
-        """Changes `row` in place; `banned` tokens get no probability besides. False when no token is left."""
+    def apply(self, row: Tensor, output: Sequence[int], banned: Sequence[int] = (), is_masked: bool = False) -> bool:
+        """Changes `row` in place; `banned` tokens get no probability besides. False when no token is left, which can be when
+        tokens are allowed or banned here, or the row comes with some taken out (`is_masked`)."""
         if not self._is_prepared:
             self._prepare(row)
         self._count(row, output)
@@ -66,7 +67,7 @@ class LogitRules:
         if self._counts is not None:
             row.sub_(self._counts * self._sampling.frequency_penalty)
             row.sub_((self._counts > 0) * self._sampling.presence_penalty)
-        return not (self._can_exhaust and bool(row.max().isneginf()))
+        return not ((self._can_exhaust or is_masked) and bool(row.max().isneginf()))
 
     def _prepare(self, row: Tensor) -> None:
         sampling, device, size = self._sampling, row.device, row.shape[0]

@@ -10,7 +10,7 @@ from kernels.backend import Backend, SamplingBatch
 from server.engine.logits import LogitRules
 from server.engine.sequence import Sequence
 
-NOTHING_LEFT = "allowed_token_ids, bad_words and min_tokens together leave no token to choose from"
+NOTHING_LEFT = "allowed_token_ids, bad_words, min_tokens and the grammar together leave no token to choose from"
 
 
 class Sampler:
@@ -42,11 +42,16 @@ class Sampler:
         errors: dict[int, str] = {}
         for row, sequence in enumerate(sequences):
             banned = self._banned(sequence)
+            if sequence.matcher is not None:
+                if not sequence.matcher.mask(logits[row]):
+                    errors[row] = f"the grammar cannot go on: {sequence.matcher.error}"
+                    continue
+                banned = []  # a grammar that has come to its end has nothing else to give
             if sequence.has_rules:
                 if sequence.rules is None:
                     sequence.rules = LogitRules(sequence.sampling, sequence.request.prompt_token_ids)
                 output = sequence.token_ids[sequence.num_prompt_tokens :]
-                if not sequence.rules.apply(logits[row], output, banned):
+                if not sequence.rules.apply(logits[row], output, banned, sequence.matcher is not None):
                     errors[row] = NOTHING_LEFT
             elif banned:
                 rows += [row] * len(banned)

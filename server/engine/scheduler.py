@@ -252,8 +252,11 @@ class Scheduler:
         return events
 
     def _append(self, sequence: Sequence, row: SampledToken, now: float) -> TokenEvent:
-        if row.error is not None:
-            event = self.finish(sequence, FinishReason.ERROR, now, error=row.error)
+        error = row.error
+        if error is None and row.token_id is not None and sequence.matcher is not None:
+            error = None if sequence.matcher.accept(row.token_id) else sequence.matcher.error
+        if error is not None:
+            event = self.finish(sequence, FinishReason.ERROR, now, error=error)
             return replace(event, is_request_fault=True)
         if row.token_id is None:
             return self.finish(sequence, FinishReason.ERROR, now, error="the model's logits were not finite")
@@ -265,7 +268,7 @@ class Scheduler:
         if reason is None:
             event = TokenEvent(sequence.request_id, [row.token_id], sequence.num_cached_tokens)
         else:
-            stop_token_id = row.token_id if reason is FinishReason.STOP else None
+            stop_token_id = sequence.stop_token_id(self.eos_token_ids) if reason is FinishReason.STOP else None
             event = self.finish(sequence, reason, now, token_ids=[row.token_id], stop_token_id=stop_token_id)
         if row.logprob is not None:
             event = replace(event, logprobs=[row.logprob])

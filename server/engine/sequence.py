@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from server.engine.logits import LogitRules
+from server.engine.matcher import GrammarMatcher
 from server.types import FinishReason, GenerateRequest, RequestTimings, SamplingParams, TokenLogprob
 
 
@@ -32,6 +33,7 @@ class Sequence:
     first_scheduled: float | None = None
     first_token: float | None = None
     rules: LogitRules | None = None  # made by the sampler where the request has any
+    matcher: GrammarMatcher | None = None
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # of prompt tokens 1 on, as far as computed
     has_rules: bool = field(init=False)
 
@@ -79,6 +81,8 @@ class Sequence:
     def finish_reason(self, max_model_len: int, eos_token_ids: frozenset[int]) -> FinishReason | None:
         """Whether the newest output token ends the sequence."""
         sampling, token = self.sampling, self.token_ids[-1]
+        if self.matcher is not None and self.matcher.is_complete:
+            return FinishReason.STOP
         if self.num_output_tokens >= sampling.min_tokens:
             if token in sampling.stop_token_ids:
                 return FinishReason.STOP
@@ -87,6 +91,11 @@ class Sequence:
         if self.num_output_tokens >= sampling.max_tokens or self.num_tokens >= max_model_len:
             return FinishReason.LENGTH
         return None
+
+    def stop_token_id(self, eos_token_ids: frozenset[int]) -> int | None:
+        """The newest token where it is one that ends outputs, and is no part of their text."""
+        token = self.token_ids[-1]
+        return token if token in eos_token_ids or token in self.sampling.stop_token_ids else None
 
     def timings(self, now: float) -> RequestTimings:
         return RequestTimings(

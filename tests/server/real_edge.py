@@ -17,6 +17,7 @@ from server.config import EngineConfig
 from server.engine.client import EngineClient
 from server.engine.engine import build_engine
 from server.engine.process import thread_engine
+from server.grammar import GrammarService
 from server.metrics import MetricsRecorder
 from server.text import Tokenizer
 from tests.tiny_models import add_tokenizer, make_tiny_model
@@ -33,12 +34,13 @@ def tiny_checkpoint(directory: Path, dtype: torch.dtype = torch.float32) -> Path
 @asynccontextmanager
 async def real_edge(model: Path, backend: str = "reference", **context_fields: Any) -> AsyncIterator[httpx.AsyncClient]:
     config = EngineConfig(
-        str(model), max_model_len=256, kernel_backend=backend, max_num_seqs=8, kv_cache_memory_bytes=2**24, threads=1
+        str(model), max_model_len=512, kernel_backend=backend, max_num_seqs=8, kv_cache_memory_bytes=2**24, threads=1
     )
     client = EngineClient(lambda epoch: thread_engine(lambda: build_engine(config, epoch), epoch))
     info = await client.start()
     recorder = MetricsRecorder(CollectorRegistry(), "tiny", info)
     client.observer = recorder
+    grammars = GrammarService(model / "tokenizer.json")
     context = ApiContext(
         engine=client,
         tokenizer=Tokenizer.from_file(model / "tokenizer.json"),
@@ -47,6 +49,7 @@ async def real_edge(model: Path, backend: str = "reference", **context_fields: A
         render_metrics=recorder.render,
         created=1_700_000_000,
         max_request_bytes=2**20,
+        grammars=grammars,
         **context_fields,
     )
     transport = httpx.ASGITransport(app=create_app(context), raise_app_exceptions=False)
@@ -55,6 +58,7 @@ async def real_edge(model: Path, backend: str = "reference", **context_fields: A
             yield http
         finally:
             await client.stop()
+            grammars.close()
 
 
 async def completion(http: httpx.AsyncClient, prompt: Any, **fields: Any) -> dict[str, Any]:

@@ -216,11 +216,7 @@ def test_sampling_fields_reach_the_engine_and_defaults_fill_the_rest() -> None:
             first, second, third = edge.engine.submitted
             rest = 512 - len(TOKENIZER.encode("dog"))
             assert (first.sampling.temperature, first.sampling.top_p, first.sampling.top_k) == (0.6, 0.9, 40)
-            assert (first.sampling.min_p, first.sampling.seed, first.sampling.max_tokens) == (
-                0.05,
-                None,
-                512 - len(TOKENIZER.encode("dog")),
-            )
+            assert (first.sampling.min_p, first.sampling.seed, first.sampling.max_tokens) == (0.05, None, rest)
             assert (second.sampling.temperature, second.sampling.top_p, second.sampling.top_k) == (0, 0.5, 0)
             assert (second.sampling.min_p, second.sampling.seed, second.cache_key) == (0.1, 2**63 - 1, "a")
             assert third.sampling.temperature == 0.01

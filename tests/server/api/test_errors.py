@@ -11,6 +11,7 @@ import pytest
 from tests.server.fakes import Edge, echo_engine, running_edge
 
 # (body of /v1/completions less its prompt, the field named, a part of the message)
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "[]"}}
 BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": 5}, "prompt", "must be a string"),
     ({"prompt": None}, "prompt", "must be a string"),
@@ -69,7 +70,10 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"logit_bias": {"400": 1}}, "logit_bias", "token ids from 0 to 399"),
     ({"logit_bias": {"dog": 1}}, "logit_bias", "token ids"),
     ({"logit_bias": {"5": 101}}, "logit_bias.5", "less than or equal to 100"),
-    ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
+    ({"response_format": {"type": "xml"}}, "response_format", "does not match any of the expected tags"),
+    ({"structured_outputs": {}}, "structured_outputs", "exactly one of"),
+    ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs", "exactly one of"),
+    ({"structured_outputs": {"regx": "a"}}, "structured_outputs.regx", "unknown"),
     ({"guided_json": {}}, "guided_json", "unknown or unsupported field"),
     ({"max_completion_tokens": 5}, "max_completion_tokens", "unknown or unsupported field"),
     ({"model": 5}, "model", "string"),
@@ -119,11 +123,13 @@ def test_all_bad_fields_are_named_at_once() -> None:
     ("message", "field"),
     [
         ({"role": "user"}, "messages.0.content"),
-        ({"role": "tool", "content": "x"}, "messages.0.role"),
+        ({"role": "judge", "content": "x"}, "messages.0.role"),
         ({"role": "user", "content": 5}, "messages.0.content"),
         ({"role": "user", "content": None}, "messages.0.content"),
         ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, "messages.0.content.0.type"),
-        ({"role": "assistant", "content": "x", "tool_calls": [{}]}, "messages.0.tool_calls"),
+        ({"role": "assistant", "content": "x", "tool_calls": [{}]}, "messages.0.tool_calls.0.id"),
+        ({"role": "user", "content": "x", "tool_calls": [CALL]}, "messages.0.tool_calls"),
+        ({"role": "assistant", "content": "x", "tool_calls": [CALL]}, "messages.0.tool_calls"),
         ("hi", "messages.0"),
     ],
 )
@@ -138,9 +144,8 @@ def test_bad_messages_are_named(message: Any, field: str) -> None:
 
 def test_chat_fields_that_come_later_are_refused_by_name() -> None:
     unsupported = {
-        "tools": [{"type": "function"}], "tool_choice": "required", "response_format": {"type": "json_object"},
         "functions": [{}], "modalities": ["audio"], "store": True,
-        "reasoning_effort": "low", "chat_template": "x", "continue_final_message": True,
+        "reasoning_effort": "low", "chat_template": "x", "echo": True,
     }  # fmt: skip
     messages = [{"role": "user", "content": "hi"}]
 

