@@ -29,7 +29,7 @@ MAX_MEMORY = 2 * 2**30  # bytes of address space
 _MAX_CACHED = 256
 
 # Between the parts of JSON: unbounded, hot sampling would fill the output with spaces.
-_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"
+_WHITESPACE = {"json": r"[\x20\x0A\x0D\x09]{1,32}", "call": r"\x20"}
 
 
 class GrammarError(ValueError):
@@ -38,10 +38,10 @@ class GrammarError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class GrammarSource:
-    """kind and text as the user sent them: a JSON schema, a regular expression, a JSON list of choices, or a grammar in
+    """What the user sent: a JSON schema (of a tool call: "call"), a regular expression, a JSON list of choices, or a grammar in
     GBNF/EBNF or Lark."""
 
-    kind: Literal["json", "regex", "choice", "grammar"]
+    kind: Literal["json", "call", "regex", "choice", "grammar"]
     text: str
 
 
@@ -153,8 +153,9 @@ def _compile(source: GrammarSource, tokenizer: llguidance.LLTokenizer) -> str:
 
 
 def _translate(source: GrammarSource) -> str:
-    if source.kind == "json":
-        return llguidance.LLMatcher.grammar_from_json_schema(source.text, defaults={"whitespace_pattern": _WHITESPACE})
+    if source.kind in _WHITESPACE:
+        options = {"whitespace_pattern": _WHITESPACE[source.kind]}
+        return llguidance.LLMatcher.grammar_from_json_schema(source.text, defaults=options)
     if source.kind == "regex":
         return llguidance.LLMatcher.grammar_from_regex(source.text)
     if source.kind == "choice":

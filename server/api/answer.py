@@ -39,7 +39,7 @@ class ReasoningReader:
     """Text between <think> at the very beginning, or in the prompt, and </think> is reasoning."""
 
     def __init__(self, has_begun: bool) -> None:
-        self._state: Literal["before", "inside", "behind", "after"] = "inside" if has_begun else "before"
+        self._state: Literal["before", "opened", "inside", "closed", "after"] = "opened" if has_begun else "before"
         self._buffer = ""
 
     def feed(self, text: str) -> tuple[str, str]:
@@ -51,14 +51,18 @@ class ReasoningReader:
             if not start or (len(start) < len(THINK) and THINK.startswith(start)):
                 return "", ""
             if start.startswith(THINK):
-                self._state, self._buffer = "inside", start[len(THINK) :].lstrip("\n")
+                self._state, self._buffer = "opened", start[len(THINK) :]
             else:
                 self._state = "after"
+        if self._state == "opened":  # the line breaks next to tags belong to neither
+            self._buffer = self._buffer.lstrip("\n")
+            if self._buffer:
+                self._state = "inside"
         if self._state == "inside":
             reasoning, found, self._buffer = split_at(self._buffer, THINK_END)
             if found:
-                self._state = "behind"
-        if self._state == "behind":  # the line breaks that follow belong to neither
+                self._state = "closed"
+        if self._state == "closed":
             self._buffer = self._buffer.lstrip("\n")
             if self._buffer:
                 self._state = "after"

@@ -107,11 +107,11 @@ def tool_choice(body: ChatRequest, context: ApiContext) -> ToolPlan:
                 f"tool_choice: no tool is named {choice.function.name!r} (there are {', '.join(names)})",
                 param="tool_choice",
             )
-        source = GrammarSource("json", json.dumps(arguments_schema(chosen.function)))
+        source = GrammarSource("call", json.dumps(arguments_schema(chosen.function)))
         return ToolPlan("named", tools, choice.function.name, FieldSource("tools", source))
     if choice == "required":
         schema = required_schema(tools, body.parallel_tool_calls is False)
-        return ToolPlan("required", tools, grammar=FieldSource("tools", GrammarSource("json", json.dumps(schema))))
+        return ToolPlan("required", tools, grammar=FieldSource("tools", GrammarSource("call", json.dumps(schema))))
     if context.tool_format is None:
         raise RequestError(
             "tools: this model's chat template has no known format of calls; start the server with --tool-call-parser, "
