@@ -280,16 +280,18 @@ def test_sampling(backend: CpuBackend, vocab_size: int, spread: float) -> None:
 
 
 def test_sampling_takes_the_first_maximum_and_reports_what_is_not_finite(backend: CpuBackend) -> None:
-    logits = torch.zeros(4, 37)
+    logits = torch.zeros(6, 37)
     logits[0, [9, 30, 36]] = 5.0
     logits[1, 36] = 1.0
     logits[2, 11] = float("nan")
-    logits[3, 35] = float("-inf")
-    sampling = SamplingBatch.allocate(4, torch.device("cpu"))
-    sampling.fill([0.0, 0.0, 1.0, 0.0], [0] * 4, [1.0] * 4, [0.0] * 4, [0] * 4, [0] * 4)
+    logits[3, 35] = float("inf")
+    logits[4] = float("-inf")
+    logits[5, :36] = float("-inf")  # tokens that may not come
+    sampling = SamplingBatch.allocate(6, torch.device("cpu"))
+    sampling.fill([0.0, 0.0, 1.0, 0.0, 0.0, 1.0], [0] * 6, [1.0] * 6, [0.0] * 6, [0] * 6, [0] * 6)
     rows = backend.sample(logits, sampling)
-    assert rows.token_ids[:2].tolist() == [9, 36]
-    assert rows.finite.tolist() == [True, True, False, False]
+    assert rows.token_ids[[0, 1, 5]].tolist() == [9, 36, 36]
+    assert rows.finite.tolist() == [True, True, False, False, False, True]
     assert (rows.token_ids >= 0).all() and (rows.token_ids < 37).all()
 
 

@@ -71,7 +71,7 @@ struct OpsTable {
   // Folds num_segments partials, `stride` floats apart, in order; writes head_dim floats.
   void (*merge_partials)(const float* partials, int num_segments, int64_t stride, int head_dim, float* out);
   void (*soft_cap)(float* x, int64_t n, float cap);
-  // The lowest index among the largest values; *finite says whether every value is.
+  // The lowest index among the largest values; *finite says whether that is finite and no value is a NaN.
   int64_t (*argmax)(const float* x, int64_t n, bool* finite);
   // The largest of each 64 values, the last few included: ceil(n / 64) of them.
   void (*chunk_maxima)(const float* x, int64_t n, float* maxima);

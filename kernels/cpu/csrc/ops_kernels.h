@@ -189,16 +189,16 @@ int64_t argmax(const float* x, int64_t n, bool* finite) {
     for (int j = 0; j < 4; ++j) {
       const F8 v = load8(x + i + j * kLanes);
       best[j] = max8(v, best[j]);
-      strange |= ~((F8)((U8)v & 0x7fffffffu) <= limit);
+      strange |= ~(v <= limit);  // a NaN, or infinite; minus infinity stands for a token that may not come
     }
   float maximum = max_lane8(max8(max8(best[0], best[1]), max8(best[2], best[3])));
   int any = 0;
   for (int j = 0; j < kLanes; ++j) any |= strange[j];
   for (; i < n; ++i) {
     maximum = x[i] > maximum ? x[i] : maximum;
-    any |= !(__builtin_fabsf(x[i]) <= 3.40282347e+38f);
+    any |= !(x[i] <= 3.40282347e+38f);
   }
-  *finite = any == 0;
+  *finite = any == 0 && maximum >= -3.40282347e+38f;
   const F8 target = set8(maximum);
   for (i = 0; i + kLanes <= n; i += kLanes) {
     const I8 equal = load8(x + i) == target;

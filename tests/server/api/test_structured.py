@@ -12,9 +12,11 @@ from typing import Any
 import httpx
 import jsonschema
 import pytest
+import torch
 
 from server.api.chat_template import ChatTemplate
 from server.grammar import GrammarError, GrammarService, GrammarSource
+from tests.kernels.cpu_support import needs_native
 from tests.server.fakes import CHAT_TEMPLATE
 from tests.server.real_edge import real_edge, tiny_checkpoint
 
@@ -202,5 +204,24 @@ def test_a_grammar_that_takes_too_long_is_killed_and_the_next_one_is_served(mode
         assert await service.compile(GrammarSource("regex", "b"))
         assert await service.compile(GrammarSource("regex", "d"))
         service.close()
+
+    asyncio.run(check())
+
+
+@needs_native
+def test_the_cpu_back_end_follows_grammars_and_bans_too(tmp_path: Path) -> None:
+    model = tiny_checkpoint(tmp_path, torch.float16)
+
+    async def check() -> None:
+        async with real_edge(model, "cpu") as http:
+            for temperature in (0, 1):
+                choice = await complete(http, structured_outputs={"choice": ["fox", "dog"]}, temperature=temperature)
+                assert choice["text"] in ("fox", "dog")
+                allowed = {"allowed_token_ids": [40, 41, 2], "min_tokens": 5, "max_tokens": 6, "return_token_ids": True}
+                choice = await complete(http, **allowed, temperature=temperature, ignore_eos=False)
+                assert set(choice["token_ids"][:5]) <= {40, 41}
+                bias = {"min_tokens": 5, "logit_bias": {"2": 100}, "ignore_eos": False, "return_token_ids": True}
+                choice = await complete(http, **bias, temperature=temperature)
+                assert choice["token_ids"].index(2) == len(choice["token_ids"]) - 1 == 5
 
     asyncio.run(check())
