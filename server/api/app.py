@@ -10,11 +10,23 @@ from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 from starlette.responses import Response
 
-from server.api import chat, completions, ops, tokenize
+from server.api import chat, completions, messages, ops, responses_api, tokenize
 from server.api.context import ApiContext
 from server.api.errors import HANDLERS
+from server.api.messages_schemas import CountTokensRequest, MessagesRequest
+from server.api.responses_schemas import ResponsesRequest
 from server.api.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, Schema, TokenizeRequest
 from server.api.sse import ClientGone
+
+_BODIES: tuple[type[Schema], ...] = (
+    CompletionRequest,
+    ChatRequest,
+    ResponsesRequest,
+    MessagesRequest,
+    CountTokensRequest,
+    TokenizeRequest,
+    DetokenizeRequest,
+)
 
 _Handler = Callable[[Request, ApiContext], Awaitable[Response]]
 
@@ -48,6 +60,9 @@ def create_app(context: ApiContext) -> FastAPI:
 
     route("POST", "/v1/completions", completions.create_completion, CompletionRequest)
     route("POST", "/v1/chat/completions", chat.create_chat_completion, ChatRequest)
+    route("POST", "/v1/responses", responses_api.create_response, ResponsesRequest)
+    route("POST", "/v1/messages", messages.create_message, MessagesRequest)
+    route("POST", "/v1/messages/count_tokens", messages.count_tokens, CountTokensRequest)
     route("POST", "/tokenize", tokenize.tokenize, TokenizeRequest)
     route("POST", "/detokenize", tokenize.detokenize, DetokenizeRequest)
     route("GET", "/v1/models", ops.list_models)
@@ -71,7 +86,7 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, routes=app.routes)
         _, definitions = models_json_schema(
-            [(schema, "validation") for schema in (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)],
+            [(schema, "validation") for schema in _BODIES],
             ref_template="#/components/schemas/{model}",
         )
         document.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])
