@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TYPE_CHECKING
 
-from server.engine.logits import LogitRules
-from server.engine.matcher import GrammarMatcher
 from server.types import FinishReason, GenerateRequest, RequestTimings, SamplingParams, TokenLogprob
+
+if TYPE_CHECKING:  # they need torch, which nothing else here does
+    from server.engine.logits import LogitRules
+    from server.engine.matcher import GrammarMatcher
 
 
 class SequenceStatus(Enum):

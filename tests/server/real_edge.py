@@ -32,9 +32,11 @@ def tiny_checkpoint(directory: Path, dtype: torch.dtype = torch.float32) -> Path
 
 
 @asynccontextmanager
-async def real_edge(model: Path, backend: str = "reference", **context_fields: Any) -> AsyncIterator[httpx.AsyncClient]:
+async def real_edge(
+    model: Path, backend: str = "reference", kv_bytes: int = 2**24, **context_fields: Any
+) -> AsyncIterator[httpx.AsyncClient]:
     config = EngineConfig(
-        str(model), max_model_len=512, kernel_backend=backend, max_num_seqs=8, kv_cache_memory_bytes=2**24, threads=1
+        str(model), max_model_len=512, kernel_backend=backend, max_num_seqs=8, kv_cache_memory_bytes=kv_bytes, threads=1
     )
     client = EngineClient(lambda epoch: thread_engine(lambda: build_engine(config, epoch), epoch))
     info = await client.start()

@@ -59,6 +59,8 @@ def test_every_option_comes_from_every_source(option, tmp_path: Path) -> None:  
         "cpu-activations": "int16",
         "lm-head-dtype": "fp16",
         "kv-cache-dtype": "int8",
+        "tool-call-parser": "mistral",
+        "reasoning-parser": "think",
     }
     text = samples.get(option.name, "true" if option.is_flag else "16")
     if option.is_flag and option.default:

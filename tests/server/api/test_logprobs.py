@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +70,14 @@ def test_echo_tells_the_prompts_logprobs_too(model: Path, max_tokens: int) -> No
     asyncio.run(check())
 
 
-def test_prompt_logprobs_do_not_depend_on_the_company(model: Path) -> None:
-    """More prompt rows than a step has; beside requests that decode, and others that ask the same."""
+@pytest.mark.parametrize("kv_bytes", [2**24, 420_000])
+def test_prompt_logprobs_do_not_depend_on_the_company(model: Path, kv_bytes: int) -> None:
+    """More prompt rows than a step has; beside requests that decode, and others that ask the same; with a pool that is too
+    small for all, which preempts."""
 
     async def check() -> None:
         prompt = PROMPT * 6
-        async with real_edge(model) as http:
+        async with real_edge(model, kv_bytes=kv_bytes) as http:
             alone = await completion(http, prompt, prompt_logprobs=1, max_tokens=1)
             busy = [asyncio.ensure_future(completion(http, PROMPT, max_tokens=60)) for _ in range(6)]
             others = [
@@ -82,6 +85,9 @@ def test_prompt_logprobs_do_not_depend_on_the_company(model: Path) -> None:
             ]
             together = await asyncio.gather(*others)
             await asyncio.gather(*busy)
+            metrics = (await http.get("/metrics")).text
+        preemptions = re.findall(r"^\S*preemptions_total\S* (\S+)$", metrics, re.MULTILINE)
+        assert (float(preemptions[0]) > 0) == (kv_bytes < 2**20)
         [choice] = alone["choices"]
         assert all(other["choices"][0]["prompt_logprobs"] == choice["prompt_logprobs"] for other in together)
         scored = choice["prompt_logprobs"]
