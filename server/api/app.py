@@ -28,6 +28,17 @@ _BODIES: tuple[type[Schema], ...] = (
     DetokenizeRequest,
 )
 
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {
+        "description": description,
+        "content": {"application/json": {"schema": {"type": "object", "required": ["error"]}}},
+    }
+    for status, description in (
+        ("4XX", "The request cannot be served as it is; the message names the field."),
+        ("5XX", "The engine is loading, draining or down, or has failed."),
+    )
+}
+
 _Handler = Callable[[Request, ApiContext], Awaitable[Response]]
 
 _CLIENT_CLOSED_REQUEST = 499  # nginx's number; the client is not there to read it
@@ -55,6 +66,7 @@ def create_app(context: ApiContext) -> FastAPI:
             name=handler.__name__,
             description=handler.__doc__ or "",
             openapi_extra=extra,
+            responses=_ERRORS,
             response_model=None,
         )
 
