@@ -38,7 +38,7 @@ bench: $(STAMP) $(DEMO_MODEL)
 	$(BIN)/python -m kernels.bench
 	$(BIN)/python -m server.engine_bench $(DEMO_MODEL) --profile
 
-# The native kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer: about 7 minutes.
+# The native kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer: about 3 minutes.
 sanitize: $(STAMP)
 	tests/kernels/run_sanitized.sh $(CURDIR)/$(BIN)/python
 

@@ -64,9 +64,14 @@ def flags_for(source: str) -> list[str]:
 class BuildNative(build_ext):
     """Compiles each source with the flags of its instruction set, several at a time, and only what has changed."""
 
+    def run(self) -> None:
+        # A build in place that fails must not leave an older one to be imported beside Python code that is not its own.
+        if self.inplace:
+            for extension in self.extensions:
+                Path(self.get_ext_filename(extension.name)).unlink(missing_ok=True)
+        super().run()
+
     def build_extension(self, extension: Extension) -> None:
-        # An older build in place would go on being imported after one that failed, beside Python code that is not its own.
-        Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
         headers = max(path.stat().st_mtime for path in [*SOURCE_FOLDER.glob("*.h"), Path(__file__)])
         with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
             # nanobind's own source is outside the project, and what setuptools is told of must lie inside.

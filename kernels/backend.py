@@ -403,20 +403,24 @@ class Backend(Protocol):
         """Sets logits[rows[i], token_ids[i]] to -inf for every i. No pair comes twice; ids past the vocabulary are passed over."""
 
 
-def allocate_host_batches(
-    max_tokens: int, max_sequences: int, max_blocks_per_sequence: int, max_rows: int
-) -> tuple[ForwardBatch, SamplingBatch]:
-    """`Backend.allocate_batches` for back ends that compute in host memory."""
-    cpu = torch.device("cpu")
-    forward = ForwardBatch.allocate(max_tokens, max_sequences, max_blocks_per_sequence, max_rows, cpu)
-    return forward, SamplingBatch.allocate(max_rows, cpu)
+class HostBackend:
+    """What back ends that compute in host memory share."""
 
+    device = torch.device("cpu")
 
-def ban_host_tokens(logits: Tensor, rows: Sequence[int], token_ids: Sequence[int]) -> None:
-    """`Backend.ban_tokens` in host memory."""
-    pairs = [(row, token) for row, token in zip(rows, token_ids, strict=True) if token < logits.shape[1]]
-    if pairs:
-        logits[[row for row, _ in pairs], [token for _, token in pairs]] = -float("inf")
+    def memory(self) -> None:
+        return None
+
+    def allocate_batches(
+        self, max_tokens: int, max_sequences: int, max_blocks_per_sequence: int, max_rows: int
+    ) -> tuple[ForwardBatch, SamplingBatch]:
+        forward = ForwardBatch.allocate(max_tokens, max_sequences, max_blocks_per_sequence, max_rows, self.device)
+        return forward, SamplingBatch.allocate(max_rows, self.device)
+
+    def ban_tokens(self, logits: Tensor, rows: Sequence[int], token_ids: Sequence[int]) -> None:
+        pairs = [(row, token) for row, token in zip(rows, token_ids, strict=True) if token < logits.shape[1]]
+        if pairs:
+            logits[[row for row, _ in pairs], [token for _, token in pairs]] = -float("inf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -468,7 +472,8 @@ def create_backend(name: str, options: BackendOptions) -> Backend:
             return backend
         if name == "gpu" or options.device == "cuda":
             raise ValueError(f"kernel backend 'gpu': {reason}")
-        logger.info("no GPU kernels: %s", reason)
+        # A GPU that is there and not used is worth a warning; that most machines have none is not.
+        logger.log(logging.WARNING if torch.cuda.is_available() else logging.INFO, "no GPU kernels: %s", reason)
     if options.dtype != "auto":
         raise ValueError(f"dtype {options.dtype!r}: only GPU back ends have a choice of it")
     if name in ("auto", "cpu"):
@@ -489,16 +494,18 @@ def create_backend(name: str, options: BackendOptions) -> Backend:
 
 
 def _create_gpu(options: BackendOptions) -> tuple[Backend | None, str]:
-    """The Triton back end, or None and why not."""
+    """The Triton back end, or None and why not. Triton takes half a second to import: only where there is a GPU to use it on."""
+    from kernels.gpu.device import open_device
+
     try:
+        device = open_device()
         from kernels.gpu.backend import GpuBackend
-        from kernels.gpu.device import open_device
-    except ImportError as error:
-        return None, f"{error}; pip install triton"
-    try:
-        return GpuBackend(options, open_device()), ""
+
+        return GpuBackend(options, device), ""
     except ValueError as error:
         return None, str(error)
+    except ImportError as error:
+        return None, f"{error}; pip install triton"
 
 
 def _create_cpu(options: BackendOptions) -> tuple[Backend | None, str]:

@@ -19,6 +19,7 @@ from kernels.backend import (
     AttentionShape,
     BackendOptions,
     ForwardBatch,
+    HostBackend,
     KVCache,
     KVCacheSpec,
     LinearInput,
@@ -28,8 +29,6 @@ from kernels.backend import (
     RotaryTable,
     SampledRows,
     SamplingBatch,
-    allocate_host_batches,
-    ban_host_tokens,
 )
 from kernels.format import AwqWeight, DenseWeight
 
@@ -110,11 +109,10 @@ class EagerProgram:
         return self.forward()
 
 
-class ReferenceBackend:
+class ReferenceBackend(HostBackend):
     """`kernels.backend.Backend` in plain PyTorch, in fp32."""
 
     name = "reference"
-    device = torch.device("cpu")
 
     def __init__(self, options: BackendOptions) -> None:
         if options.kv_cache_dtype not in ("auto", "float32"):
@@ -158,17 +156,6 @@ class ReferenceBackend:
     ) -> int:
         per_token = 4 * (6 * hidden_size + 4 * intermediate_size)
         return max_tokens * per_token + 2 * max_rows * vocab_size * 4
-
-    def memory(self) -> None:
-        return None
-
-    def allocate_batches(
-        self, max_tokens: int, max_sequences: int, max_blocks_per_sequence: int, max_rows: int
-    ) -> tuple[ForwardBatch, SamplingBatch]:
-        return allocate_host_batches(max_tokens, max_sequences, max_blocks_per_sequence, max_rows)
-
-    def ban_tokens(self, logits: Tensor, rows: Sequence[int], token_ids: Sequence[int]) -> None:
-        ban_host_tokens(logits, rows, token_ids)
 
     # One forward pass.
     def record(self, forward: Callable[[], Tensor], batch: ForwardBatch) -> EagerProgram:

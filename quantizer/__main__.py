@@ -98,7 +98,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--calibration",
         default=defaults.calibration,
         metavar="TEXT",
-        help="'builtin' (English text of Python and of this package), a text file, or a .jsonl file with a string or an object "
+        help="'builtin' (English text and code of Python, prose of this package, random tokens), a text file, or a .jsonl "
+        "file with a string or an object "
         "with 'text' per line (default: %(default)s)",
     )
     calibration.add_argument("--samples", type=int, default=defaults.samples, help="sequences (default: %(default)s)")
@@ -161,7 +162,12 @@ def quantize(
     if dtype not in (torch.float16, torch.bfloat16):
         dtype = torch.float16
     tokens = calibration_tokens(
-        source.tokenizer(), options.calibration, options.samples, options.sequence_length, options.seed
+        source.tokenizer(),
+        source.config.vocab_size,
+        options.calibration,
+        options.samples,
+        options.sequence_length,
+        options.seed,
     )
     quantizer = pipeline.LayerQuantizer(source, architecture, options, shapes, dtype)
     layers = []

@@ -52,6 +52,15 @@ def general_documents() -> list[str]:
     return [*pieces, *(_set_apart(piece) for piece in pieces)]
 
 
+_SOURCE_MODULES = "html.parser ftplib plistlib email.message http.client xml.dom.minidom"
+"""Standard modules whose source is calibrated on as code. None has docstrings in the builtin text, part of which is held out."""
+
+
+def code_documents() -> list[str]:
+    """Source code of the standard library. Brackets, tags, operators and digits are rare in prose and common in use."""
+    return [inspect.getsource(importlib.import_module(name)) for name in _SOURCE_MODULES.split()]
+
+
 def _set_apart(text: str) -> str:
     """Punctuation as words of its own, the form of older corpora (WikiText among them), whose tokens plain text never shows."""
     text = re.sub(r"(?<!\d)([,.;:])|([,.;:])(?!\d)", r" \1\2", text)
@@ -87,7 +96,7 @@ def _prose(text: str) -> str:
 def read_documents(calibration: str) -> list[str]:
     """Documents of a calibration source: `builtin`, a .jsonl file (`text` or a string per line) or a text file."""
     if calibration == "builtin":
-        return [*general_documents(), *builtin_documents()]
+        return [*general_documents(), *code_documents(), *builtin_documents()]
     path = Path(calibration)
     if not path.is_file():
         raise QuantizeError(f"calibration: {calibration!r} is neither 'builtin' nor a file")
@@ -131,18 +140,26 @@ def pack_tokens(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], le
 
 
 def calibration_tokens(
-    tokenizer: PreTrainedTokenizerBase, calibration: str, samples: int, length: int, seed: int
+    tokenizer: PreTrainedTokenizerBase, vocab_size: int, calibration: str, samples: int, length: int, seed: int
 ) -> Tensor:
     """int64 [samples, length]: rows drawn without replacement; fewer where the text is shorter, and then all of it.
 
-    Half of the builtin rows, or as many as there are, come from the general pieces: drawn from the whole they would be few.
+    The builtin rows are a third general pieces (or as many as there are), a quarter code, a sixth tokens drawn at random from
+    the whole vocabulary, and prose of Python's documentation for the rest. No text of this size shows most tokens even once, and
+    the first layers' inputs are little else than the tokens' embeddings: what random rows add is the moment of those unseen.
     """
     generator = torch.Generator().manual_seed(seed)
     if calibration != "builtin":
         return _draw(pack_tokens(tokenizer, read_documents(calibration), length), samples, generator)
-    general = _draw(pack_tokens(tokenizer, general_documents(), length), -(-samples // 2), generator)
+    general = _draw(pack_tokens(tokenizer, general_documents(), length), -(-samples // 3), generator)
+    code = _draw(pack_tokens(tokenizer, code_documents(), length), samples // 4, generator)
+    # A tokenizer may know more tokens than the model has embeddings for, or fewer.
+    vocabulary = sorted(set(range(min(vocab_size, len(tokenizer)))) - set(tokenizer.all_special_ids))
+    choice = torch.randint(len(vocabulary), (samples // 6, length), generator=generator)
+    scattered = torch.tensor(vocabulary, dtype=torch.int64)[choice]
     technical = pack_tokens(tokenizer, builtin_documents(), length)
-    return torch.cat([general, _draw(technical, samples - len(general), generator)])
+    rest = samples - len(general) - len(code) - len(scattered)
+    return torch.cat([general, code, scattered, _draw(technical, rest, generator)])
 
 
 def _draw(rows: Tensor, samples: int, generator: torch.Generator) -> Tensor:

@@ -69,7 +69,7 @@ class QuantizeOptions:
     clip: bool = True
     rounding: str = "feedback"
     calibration: str = "builtin"
-    samples: int = 24
+    samples: int = 28
     sequence_length: int = 512
     seed: int = 0
     dtype: str = "auto"

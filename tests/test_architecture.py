@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 
@@ -79,7 +80,6 @@ def violations(name: str, imported: set[str]) -> list[str]:
 
 def test_every_rule_speaks_of_a_module_that_exists() -> None:
     known = modules()
-    later = {"kernels.gpu"}  # packages that a build may lack
     assert {package for package, _ in RULES} <= known.keys()
 
 
@@ -113,6 +113,12 @@ def run_python(code: str) -> str:
 def test_importing_brings_in_nothing_heavy(module: str, absent: tuple[str, ...]) -> None:
     loaded = run_python(f"import sys, {module}; print([name for name in {absent!r} if name in sys.modules])")
     assert loaded == "[]"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="speaks of machines without a GPU")
+def test_a_machine_without_a_gpu_does_not_wait_for_triton() -> None:
+    code = "import sys; from kernels.backend import *; create_backend('auto', BackendOptions(num_threads=1))"
+    assert run_python(f"{code}; print('triton' in sys.modules)") == "False"
 
 
 def test_transformers_does_not_take_our_kernels_for_the_hub_package() -> None:

@@ -21,6 +21,12 @@ PROMPTS = [
     "def fibonacci(n):\n    ",
     "Photosynthesis is the process by which",
 ]
+GREEDY_PROMPTS = [
+    *PROMPTS[1:],
+    "The history of the railway in this country begins",
+    "Dear Sir or Madam, I am writing to you because",
+    "To make a good vegetable soup,",
+]
 NUM_TOKENS = 64
 
 
@@ -36,23 +42,25 @@ def greedy(server: Server, prompt: object, max_tokens: int = NUM_TOKENS, **field
     return server.complete(prompt, **{**options, **fields})["choices"][0]["token_ids"]
 
 
-def check_outputs(outputs: list[list[int]], expected: list[list[int]]) -> None:
-    """Equal token for token; varied enough that equality proves something."""
+def check_outputs(outputs: list[list[int]], expected: list[list[int]], min_varied: int) -> None:
+    """Equal token for token; all different, and `min_varied` of them varied enough that equality proves something."""
     assert outputs == expected
     assert len({tuple(output) for output in outputs}) == len(outputs)
-    assert all(len(set(output)) >= 20 for output in outputs), [len(set(output)) for output in outputs]
+    num_distinct = [len(set(output)) for output in outputs]
+    assert sum(count >= 20 for count in num_distinct) >= min_varied, num_distinct
 
 
 def test_greedy_equals_transformers_on_the_demo_model(demo_server: Server, demo_model: Path) -> None:
     model = dequantized_model(demo_model)
     outputs, expected = [], []
-    for prompt in PROMPTS:
+    for prompt in GREEDY_PROMPTS:
         answer = demo_server.complete(
             prompt, max_tokens=NUM_TOKENS, temperature=0, ignore_eos=True, return_token_ids=True
         )["choices"][0]
         outputs.append(answer["token_ids"])
         expected.append(cached_greedy(model, answer["prompt_token_ids"], NUM_TOKENS))
-    check_outputs(outputs, expected)
+    # Which prompt makes a small greedy model repeat itself depends on the last bits of the checkpoint.
+    check_outputs(outputs, expected, min_varied=4)
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3", "mistral", "llama-untied-biased"])
@@ -64,7 +72,7 @@ def test_greedy_equals_transformers_on_tiny_models(kind: str, tmp_path: Path) ->
     model = load_reference(directory)
     expected = [cached_greedy(model, prompt, NUM_TOKENS) for prompt in prompts]
     with Server(directory, "--kernel-backend", "reference", "--kv-cache-memory-bytes", "16M") as server:
-        check_outputs([greedy(server, prompt) for prompt in prompts], expected)
+        check_outputs([greedy(server, prompt) for prompt in prompts], expected, min_varied=len(prompts))
 
 
 def mixed_requests(count: int) -> list[dict]:

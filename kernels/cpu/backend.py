@@ -18,6 +18,7 @@ from kernels.backend import (
     AttentionShape,
     BackendOptions,
     ForwardBatch,
+    HostBackend,
     KVCache,
     KVCacheSpec,
     LinearInput,
@@ -27,8 +28,6 @@ from kernels.backend import (
     RotaryTable,
     SampledRows,
     SamplingBatch,
-    allocate_host_batches,
-    ban_host_tokens,
 )
 from kernels.cpu import _native
 from kernels.cpu.buffers import BufferPool, map_zeros
@@ -104,11 +103,10 @@ class _Recording:
     kept: list[object]
 
 
-class CpuBackend:
+class CpuBackend(HostBackend):
     """`kernels.backend.Backend` over kernels.cpu._native. Activations are fp32 between ops and int8 or int16 into linears."""
 
     name = "cpu"
-    device = torch.device("cpu")
 
     def __init__(self, options: BackendOptions) -> None:
         if options.kv_cache_dtype not in _KV_DTYPES:
@@ -166,17 +164,6 @@ class CpuBackend:
         # Live at once at most: two residuals, the fused projection and its packed input; the rows attended; the logits.
         per_token = 4 * (4 * hidden_size + 3 * max(intermediate_size, hidden_size)) + 3 * intermediate_size
         return max_tokens * per_token + max_rows * (4 * vocab_size + 8 * hidden_size) + self.num_threads * (2 << 20)
-
-    def memory(self) -> None:
-        return None
-
-    def allocate_batches(
-        self, max_tokens: int, max_sequences: int, max_blocks_per_sequence: int, max_rows: int
-    ) -> tuple[ForwardBatch, SamplingBatch]:
-        return allocate_host_batches(max_tokens, max_sequences, max_blocks_per_sequence, max_rows)
-
-    def ban_tokens(self, logits: Tensor, rows: Sequence[int], token_ids: Sequence[int]) -> None:
-        ban_host_tokens(logits, rows, token_ids)
 
     # One forward pass.
     def record(self, forward: Callable[[], Tensor], batch: ForwardBatch) -> CpuProgram:
@@ -350,15 +337,6 @@ class CpuBackend:
         out = self._linear_input(x.num_rows, linear.out_features // 2, for_linear)
         program.gated_linear(linear.parts, inputs, between, activation, out.packed, out.tensor)
         self._finish(program, x.num_rows)
-        return out
-
-    def act_and_mul(
-        self, gate_up: Tensor, activation: Activation, for_linear: PreparedLinear | None = None
-    ) -> CpuLinearInput:
-        program = self._program(None)
-        out = self._linear_input(gate_up.shape[0], gate_up.shape[1] // 2, for_linear)
-        program.act_and_mul(gate_up, activation, out.packed, out.tensor)
-        self._finish(program, gate_up.shape[0])
         return out
 
     def logits(

@@ -230,7 +230,7 @@ def _sample(
     expect(result.shape[1] >= rows, "sample", f"result holds {result.shape[1]} rows, not {rows}")
     launch(
         sample_kernel, (rows,), logits, temperature, top_k, top_p, min_p, seed, index, result, logits.stride(0),
-        result.stride(0), vocabulary, BLOCK=min(2048, triton.next_power_of_2(vocabulary)), num_warps=16, num_stages=1,
+        result.stride(0), vocabulary, BLOCK=min(2048, triton.next_power_of_2(vocabulary)), num_warps=8, num_stages=1,
     )  # fmt: skip
 
 

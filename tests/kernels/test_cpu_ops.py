@@ -52,7 +52,8 @@ def test_norm(backend: CpuBackend, rows: int, hidden: int) -> None:
 def test_activation(backend: CpuBackend, activation: str, rows: int) -> None:
     gate_up = torch.randn(rows, 2 * 88) * 4
     gate_up[0, :8] = torch.tensor([-1e4, -200.0, -88.0, -20.0, 0.0, 20.0, 100.0, 1e4])
-    out = backend.act_and_mul(gate_up, activation).dense()  # type: ignore[arg-type]
+    identity = backend.prepare_linear([DenseWeight("identity", torch.eye(2 * 88))], None)
+    out = backend.gated_linear(CpuLinearInput(rows, gate_up, ()), identity, activation).dense()  # type: ignore[arg-type]
     expected = REFERENCE.act_and_mul(gate_up, activation).dense()  # type: ignore[arg-type]
     torch.testing.assert_close(out, expected, rtol=3e-6, atol=1e-6)
 

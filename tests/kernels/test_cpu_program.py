@@ -31,6 +31,7 @@ _native = pytest.importorskip("kernels.cpu._native", reason="the native kernels 
 
 from kernels.cpu.backend import CpuBackend, CpuProgram  # noqa: E402
 from kernels.cpu.buffers import BufferPool, map_zeros  # noqa: E402
+from kernels.cpu.linear import CpuLinearInput  # noqa: E402
 from kernels.cpu.threads import cgroup_quota, usable_cores  # noqa: E402
 
 HIDDEN, INTERMEDIATE, VOCABULARY = 128, 192, 203
@@ -253,11 +254,16 @@ def test_arguments_are_checked(backend: CpuBackend) -> None:
         backend.add_rms_norm(torch.randn(4, 20), None, torch.randn(20), 1e-5)
     with pytest.raises((TypeError, ValueError, RuntimeError)):
         backend.add_rms_norm(x.to("meta"), None, weight, 1e-5)
-    with pytest.raises(ValueError, match="activation"):
-        backend.act_and_mul(torch.randn(2, 32), "relu")  # type: ignore[arg-type]
+    gate_up = backend.prepare_linear([DenseWeight("gate_up", torch.randn(64, 64))], None)
+    rows = CpuLinearInput(4, x, ())
+    with pytest.raises(ValueError, match="activation: expected silu or gelu_tanh, found relu"):
+        backend.gated_linear(rows, gate_up, "relu")  # type: ignore[arg-type]
+    odd = backend.prepare_linear([DenseWeight("odd", torch.randn(40, 64))], None)
+    with pytest.raises(ValueError, match="gate_up: columns: expected a positive multiple of 16, found 40"):
+        backend.gated_linear(rows, odd, "silu")
     head = backend.prepare_head(DenseWeight("lm_head", torch.randn(10, 64)))
     with pytest.raises(ValueError, match="expected 32 input features, found 64"):
-        backend.act_and_mul(torch.randn(2, 64), "silu", for_linear=head)
+        backend.gated_linear(rows, gate_up, "silu", for_linear=head)
     packed, _ = backend.add_rms_norm(x, None, weight, 1e-5, for_linear=head)
     batch = make_batch([4], [4], [[0]])
     with pytest.raises(ValueError, match="logits: expected the output of a norm made for no linear"):

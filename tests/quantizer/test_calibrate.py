@@ -64,16 +64,24 @@ def test_packing_keeps_every_token(tiny_tokenizer: PreTrainedTokenizerFast) -> N
 
 
 def test_samples_depend_on_the_seed_alone(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    first, again, other = (calibration_tokens(tiny_tokenizer, "builtin", 4, 32, seed) for seed in (0, 0, 1))
+    first, again, other = (calibration_tokens(tiny_tokenizer, 10**6, "builtin", 4, 32, seed) for seed in (0, 0, 1))
     assert first.shape == (4, 32)
     assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_scattered_tokens_have_embeddings_and_are_not_special(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    tokens = calibration_tokens(tiny_tokenizer, 50, "builtin", 12, 32, 0)
+    scattered = tokens[4 + 3 : 4 + 3 + 2]  # after a third general text and a quarter code
+    assert tokens.shape == (12, 32) and scattered.max() < 50 and scattered.unique().numel() > 20
+    assert not set(scattered.reshape(-1).tolist()) & set(tiny_tokenizer.all_special_ids)
+    assert tokens.max() >= 50, "text is not cut down to what the model knows"
 
 
 def test_too_little_text_is_refused(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     path = tmp_path / "short.txt"
     path.write_text("Too short.")
     with pytest.raises(QuantizeError, match="sequence_length: 512"):
-        calibration_tokens(tiny_tokenizer, str(path), 4, 512, 0)
+        calibration_tokens(tiny_tokenizer, 10**6, str(path), 4, 512, 0)
 
 
 @pytest.mark.parametrize("kind", TINY_MODELS)

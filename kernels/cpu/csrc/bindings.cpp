@@ -256,24 +256,6 @@ void add_norm(Program& program, const Array& x, const std::optional<Array>& resi
   add_op(program, std::move(op), rows);
 }
 
-void set_activation(ActivationOp& op, const Array& gate_up, const std::string& activation, const Outputs& packed,
-                    const std::optional<Array>& dense) {
-  op.gate_up = floats("gate_up", gate_up, {-1, -1});
-  check_multiple("gate_up: columns", size_of(gate_up, 1), 16);
-  if (activation != "silu" && activation != "gelu_tanh")
-    value_error("activation: expected silu or gelu_tanh, found " + activation);
-  op.activation = activation == "silu" ? Activation::kSilu : Activation::kGeluTanh;
-  op.out = row_output(packed, dense, size_of(gate_up, 0), size_of(gate_up, 1) / 2);
-}
-
-void add_activation(Program& program, const Array& gate_up, const std::string& activation, const Outputs& packed,
-                    const std::optional<Array>& dense) {
-  auto op = std::make_unique<ActivationOp>();
-  set_activation(*op, gate_up, activation, packed, dense);
-  program.require_scratch(kTileRows * op->out.width);
-  add_op(program, std::move(op), size_of(gate_up, 0));
-}
-
 void add_quantize(Program& program, const Array& x, const Outputs& packed) {
   auto op = std::make_unique<QuantizeOp>();
   op->x = floats("x", x, {-1, -1});
@@ -313,8 +295,13 @@ void add_gated_linear(Program& program, const std::vector<std::shared_ptr<Packed
   const int64_t rows = size_of(gate_up, 0);
   auto op = std::make_unique<GatedLinearOp>();
   op->parts = linear_parts(weights, inputs, rows);
-  check_array("gate_up", gate_up, {-1, total_columns(op->parts)});
-  set_activation(op->activation, gate_up, activation, packed, dense);
+  ActivationOp& act = op->activation;
+  act.gate_up = floats("gate_up", gate_up, {-1, total_columns(op->parts)});
+  check_multiple("gate_up: columns", size_of(gate_up, 1), 16);
+  if (activation != "silu" && activation != "gelu_tanh")
+    value_error("activation: expected silu or gelu_tanh, found " + activation);
+  act.activation = activation == "silu" ? Activation::kSilu : Activation::kGeluTanh;
+  act.out = row_output(packed, dense, rows, size_of(gate_up, 1) / 2);
   op->unit_columns = gated_unit_columns(op->parts, op->activation.out);
   program.require_scratch(std::max(kTileRows * op->activation.out.width, kGatedRows * 2 * op->unit_columns));
   add_op(program, std::move(op), rows);
@@ -574,7 +561,6 @@ NB_MODULE(_native, m) {
       .def("embed", &add_embed, nb::arg("table"), nb::arg("out"))
       .def("add_rms_norm", &add_norm, nb::arg("x"), nb::arg("residual").none(), nb::arg("weight"), nb::arg("eps"),
            nb::arg("unit_offset"), nb::arg("total"), nb::arg("packed"), nb::arg("dense").none())
-      .def("act_and_mul", &add_activation, nb::arg("gate_up"), nb::arg("activation"), nb::arg("packed"), nb::arg("dense").none())
       .def("quantize", &add_quantize, nb::arg("x"), nb::arg("packed"))
       .def("linear", &add_linear, nb::arg("weights"), nb::arg("inputs"), nb::arg("y"))
       .def("gated_linear", &add_gated_linear, nb::arg("weights"), nb::arg("inputs"), nb::arg("gate_up"), nb::arg("activation"),

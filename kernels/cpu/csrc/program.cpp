@@ -164,7 +164,8 @@ void GatedLinearOp::run(RunContext& context) {
   const int64_t num_rows = context.counts.num_tokens, row_blocks = ceil_div(num_rows, kGatedRows);
   if (unit_columns != 0) {
     const int64_t num_units = activation.out.width / unit_columns;
-    if (num_rows >= kMinGatedRows && num_units * row_blocks >= 8 * context.pool.num_threads()) return run_units(context, num_units, row_blocks);
+    if (num_rows >= kMinGatedRows && num_units * row_blocks >= 8 * context.pool.num_threads())
+      return run_units(context, num_units, row_blocks);
   }
   run_parts(context, parts, num_rows, const_cast<float*>(activation.gate_up), 2 * activation.out.width);
   activation.run(context);

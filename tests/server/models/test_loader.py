@@ -142,9 +142,11 @@ def test_wrong_configs_are_refused_by_field(awq: Path, values: dict, message: st
 
 def test_older_autoawq_config_file(awq: Path) -> None:
     """Before it wrote into config.json, AutoAWQ kept quant_config.json with its own names."""
+    expected = load_model_config(awq).quantization
     edit_config(awq, quantization_config=None)
     legacy = {"w_bit": 4, "q_group_size": 64, "zero_point": True, "version": "GEMM"}
     (awq / "quant_config.json").write_text(json.dumps(legacy))
+    assert expected is not None and load_model_config(awq).quantization == expected
     load(awq)
 
 
