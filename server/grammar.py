@@ -27,6 +27,13 @@ COMPILE_SECONDS = 5.0
 START_SECONDS = 60.0  # of the process itself, which loads a tokenizer
 MAX_MEMORY = 2 * 2**30  # bytes of address space
 _MAX_CACHED = 256
+_MAX_CACHED_LENGTH = 2**24  # characters of what is remembered, grammars and their sources together
+
+THINK = "<think>"
+THINK_END = "</think>"
+_THINK_END_PATTERN = r"<\/think>"
+Reasoning = Literal["none", "possible", "begun"]
+"""Whether an answer may or must begin with reasoning, up to THINK_END: "begun" where the prompt opens it."""
 
 # Between the parts of JSON: unbounded, hot sampling would fill the output with spaces.
 _WHITESPACE = {"json": r"[\x20\x0A\x0D\x09]{1,32}", "call": r"\x20"}
@@ -43,6 +50,7 @@ class GrammarSource:
 
     kind: Literal["json", "call", "regex", "choice", "grammar"]
     text: str
+    reasoning: Reasoning = "none"  # what may come before
 
 
 class GrammarService:
@@ -52,6 +60,7 @@ class GrammarService:
         self._tokenizer_file = tokenizer_file
         self._seconds = compile_seconds
         self._cache: OrderedDict[GrammarSource, str | GrammarError] = OrderedDict()
+        self._cached_length = 0
         self._lock = asyncio.Lock()
         self._process: BaseProcess | None = None
         self._connection: Connection | None = None
@@ -63,14 +72,19 @@ class GrammarService:
         if source not in self._cache:
             async with self._lock:
                 if source not in self._cache:  # not compiled by another while this one waited
-                    self._cache[source] = await asyncio.to_thread(self._compile, source)
-                    if len(self._cache) > _MAX_CACHED:
-                        self._cache.popitem(last=False)
+                    self._remember(source, await asyncio.to_thread(self._compile, source))
         self._cache.move_to_end(source)
         result = self._cache[source]
         if isinstance(result, GrammarError):
             raise GrammarError(str(result))
         return result
+
+    def _remember(self, source: GrammarSource, result: str | GrammarError) -> None:
+        self._cache[source] = result
+        self._cached_length += len(source.text) + len(str(result))
+        while len(self._cache) > _MAX_CACHED or self._cached_length > _MAX_CACHED_LENGTH:
+            oldest, forgotten = self._cache.popitem(last=False)
+            self._cached_length -= len(oldest.text) + len(str(forgotten))
 
     def close(self) -> None:
         """Ends the process. The service can go on afterwards, with a new one."""
@@ -81,9 +95,14 @@ class GrammarService:
         self._process = self._connection = None
 
     def _compile(self, source: GrammarSource) -> str | GrammarError:
+        """The error is the grammar's own and will come again; GrammarError is raised for the process that does not start."""
         try:
             connection = self._start()
-            connection.send((source.kind, source.text))
+        except (EOFError, OSError) as error:
+            self.close()
+            raise GrammarError(f"grammars are not available: {error or 'their process ended'}") from error
+        try:
+            connection.send((source.kind, source.text, source.reasoning))
             if not connection.poll(self._seconds):
                 self.close()
                 return GrammarError(f"takes longer than {self._seconds:g} s to compile")
@@ -127,9 +146,9 @@ def _serve(connection: Connection, tokenizer_file: Path) -> None:
     connection.send("ready")
     with contextlib.suppress(EOFError, OSError):
         while True:
-            kind, text = connection.recv()
+            kind, text, reasoning = connection.recv()
             try:
-                connection.send((True, _compile(GrammarSource(kind, text), tokenizer)))
+                connection.send((True, _compile(GrammarSource(kind, text, reasoning), tokenizer)))
             except (ValueError, RecursionError) as error:
                 connection.send((False, str(error)[:500] or type(error).__name__))
 
@@ -143,7 +162,7 @@ def _limit_memory() -> None:
 
 def _compile(source: GrammarSource, tokenizer: llguidance.LLTokenizer) -> str:
     """Raises ValueError."""
-    grammar = _translate(source)
+    grammar = _after_reasoning(_translate(source), source.reasoning, tokenizer)
     matcher = llguidance.LLMatcher(tokenizer, grammar, log_level=0)
     if not matcher.is_error():
         matcher.compute_bitmask()  # the lexer's automata are built by need: here, too, they may fail
@@ -167,3 +186,25 @@ def _translate(source: GrammarSource) -> str:
         raise
     except Exception as error:  # the converter trips over what is no grammar in many ways
         raise ValueError(f"not a grammar: {error}") from error
+
+
+def _after_reasoning(grammar: str, reasoning: Reasoning, tokenizer: llguidance.LLTokenizer) -> str:
+    """The grammar, with any text up to THINK_END before it."""
+    if reasoning == "none":
+        return grammar
+    # Of one grammar in Lark's syntax the text is given as it is; else, this is a list of one.
+    whole = json.loads(grammar) if grammar.startswith("{") else {"grammars": [{"lark_grammar": grammar}]}
+    whole["grammars"][0]["name"] = "answer"
+    begin, end = (_literal(tag, tokenizer) for tag in (THINK, THINK_END))
+    thought = f"THOUGHT {end} /\\n{{0,2}}/"
+    start = f"{thought} @answer" if reasoning == "begun" else f"({begin} {thought})? @answer"
+    not_ended = f"/(?s:.*)/ & ~/(?s:.*{_THINK_END_PATTERN}.*)/"
+    whole["grammars"].insert(0, {"lark_grammar": f"start: {start}\nTHOUGHT: {not_ended}\n"})
+    return json.dumps(whole)
+
+
+def _literal(tag: str, tokenizer: llguidance.LLTokenizer) -> str:
+    """Where a tag is a token of its own, no text stands for it."""
+    token_ids = tokenizer.tokenize_str(tag)
+    is_token = len(token_ids) == 1 and tokenizer.is_special_token(token_ids[0])
+    return tag if is_token else json.dumps(tag)

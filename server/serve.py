@@ -18,14 +18,13 @@ import uvicorn
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry, ProcessCollector
 
-from server.api.answer import THINK_END
 from server.api.app import create_app
 from server.api.chat_template import ChatTemplate, load_chat_template
 from server.api.context import ApiContext, SamplingDefaults
 from server.api.tools import TOOL_FORMATS, ToolFormat, detect_format
 from server.config import ServerConfig
 from server.engine.client import EngineClient, EngineUnavailable
-from server.grammar import GrammarService
+from server.grammar import THINK_END, GrammarService
 from server.metrics import MetricsRecorder
 from server.model_files import ensure_tokenizer_file, load_sampling_defaults
 from server.text import Tokenizer

@@ -82,6 +82,9 @@ class Tokenizer:
         added = self._tokenizer.get_added_tokens_decoder()
         return frozenset(token_id for token_id, token in added.items() if token.special)
 
+    def is_special(self, token: str) -> bool:
+        return self._tokenizer.token_to_id(token) in self.special_token_ids
+
     @cached_property
     def _is_byte_level(self) -> bool:
         """Whether token strings spell bytes with the characters of byte-level BPE."""

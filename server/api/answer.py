@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from server.api.tools import REQUIRED_FORMAT, CallArguments, CallStart, NamedReader, ToolFormat, ToolReader, split_at
-
-THINK = "<think>"
-THINK_END = "</think>"
+from server.api.call_scanner import CallArguments, CallStart
+from server.api.tools import REQUIRED_FORMAT, NamedReader, ToolFormat, ToolReader, split_at
+from server.grammar import THINK, THINK_END, Reasoning
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +17,8 @@ class AnswerOptions:
     tools: Literal["none", "auto", "required", "named"] = "none"
     tool_format: ToolFormat | None = None  # for auto
     tool_name: str = ""  # for named
-    reasoning: Literal["none", "possible", "begun"] = "none"
+    tool_names: frozenset[str] = frozenset()  # of all that are offered
+    reasoning: Reasoning = "none"
     include_reasoning: bool = True
     at_most_one_call: bool = False
 
@@ -87,7 +87,7 @@ class AnswerReader:
         elif options.tools == "required":
             self._tools = ToolReader(REQUIRED_FORMAT)
         elif options.tools == "auto" and options.tool_format is not None:
-            self._tools = ToolReader(options.tool_format)
+            self._tools = ToolReader(options.tool_format, options.tool_names)
         self.num_calls = 0
 
     def feed(self, text: str, is_last: bool) -> AnswerPiece:

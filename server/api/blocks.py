@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from server.api.answer import AnswerPiece
-from server.api.tools import CallStart
+from server.api.call_scanner import CallStart
 
 Change = Literal["start", "delta", "stop"]
 

@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from server.api.answer import AnswerReader
+from server.api.call_scanner import CallArguments, CallStart
 from server.api.context import ApiContext
 from server.api.errors import RequestError, error_body
 from server.api.generation import Choice, Delta, Generation
@@ -34,7 +35,6 @@ from server.api.responses import (
 )
 from server.api.schemas import ChatRequest
 from server.api.sse import EventStream, unless_disconnected
-from server.api.tools import CallArguments, CallStart
 from server.types import FinishReason
 
 
@@ -72,8 +72,7 @@ async def _whole(generation: Generation) -> ChatCompletion:
     if job.return_token_ids:
         answer.prompt_token_ids = prompt
     if job.num_prompt_logprobs is not None:
-        entries = generation.choices[0].prompt_logprobs
-        answer.prompt_logprobs = prompt_logprobs(generation.tokenizer, job.num_prompt_logprobs, prompt, entries)
+        answer.prompt_logprobs = prompt_logprobs(generation.tokenizer, job.num_prompt_logprobs, generation.choices[0])
     return answer
 
 
@@ -122,7 +121,6 @@ def _logprobs(generation: Generation, delta: Delta) -> ChatLogprobs | None:
 async def _events(generation: Generation) -> AsyncIterator[bytes]:
     job = generation.job
     readers = {choice.index: AnswerReader(job.answer) for choice in generation.choices}
-    no_usage = None if job.include_usage else UNSET
     try:
         yield b"".join(
             sse_event(_role_chunk(generation, choice.index, is_first=choice.index == 0))
@@ -131,10 +129,9 @@ async def _events(generation: Generation) -> AsyncIterator[bytes]:
         async for deltas in generation.deltas():
             chunks = []
             for delta in deltas:
-                usage = generation.usage() if job.continuous_usage else no_usage
                 chunk_choice = _chunk_choice(generation, delta, readers[delta.choice.index])
                 if chunk_choice is not None:
-                    chunks.append(sse_event(_chunk(generation, [chunk_choice], usage)))
+                    chunks.append(sse_event(_chunk(generation, [chunk_choice], _chunk_usage(generation))))
             if chunks:
                 yield b"".join(chunks)
         if job.include_usage:
@@ -144,12 +141,19 @@ async def _events(generation: Generation) -> AsyncIterator[bytes]:
     yield SSE_DONE
 
 
+def _chunk_usage(generation: Generation) -> Usage | UnsetType | None:
+    """Of a chunk with choices: null where a last one will have it."""
+    if generation.job.continuous_usage:
+        return generation.usage()
+    return None if generation.job.include_usage else UNSET
+
+
 def _role_chunk(generation: Generation, index: int, is_first: bool) -> ChatChunk:
     """A choice's first chunk, sent before there is any token."""
     chunk = _chunk(
         generation,
         [ChatChunkChoice(index=index, delta=ChatDelta(role="assistant", content=""))],
-        None if generation.job.include_usage else UNSET,
+        _chunk_usage(generation),
     )
     if is_first and generation.job.return_token_ids:
         chunk.prompt_token_ids = generation.job.prompts[0].token_ids

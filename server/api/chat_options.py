@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from server.api.answer import THINK, THINK_END, AnswerOptions
+from server.api.answer import AnswerOptions
 from server.api.context import ApiContext
 from server.api.errors import RequestError
 from server.api.schemas import ChatRequest, GenerationFields, NamedToolChoice, SchemaFormat, Tool
 from server.api.tools import arguments_schema, required_schema
-from server.grammar import GrammarError, GrammarSource
+from server.grammar import THINK, THINK_END, GrammarError, GrammarSource, Reasoning
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,14 +72,14 @@ def _format_source(body: GenerationFields) -> FieldSource | None:
     return FieldSource("response_format", GrammarSource("json", _ANY_OBJECT))
 
 
-async def compile_grammar(asked: FieldSource | None, context: ApiContext) -> str | None:
+async def compile_grammar(asked: FieldSource | None, context: ApiContext, reasoning: Reasoning = "none") -> str | None:
     """Raises RequestError naming the field whose grammar cannot be used."""
     if asked is None:
         return None
     if context.grammars is None:
         raise RequestError(f"{asked.field}: this server has no grammars", param=asked.field)
     try:
-        return await context.grammars.compile(asked.source)
+        return await context.grammars.compile(replace(asked.source, reasoning=reasoning))
     except GrammarError as error:
         raise RequestError(f"{asked.field}: {error}", param=asked.field, code="invalid_grammar") from None
 
@@ -112,6 +112,11 @@ def tool_choice(body: ChatRequest, context: ApiContext) -> ToolPlan:
     if choice == "required":
         schema = required_schema(tools, body.parallel_tool_calls is False)
         return ToolPlan("required", tools, grammar=FieldSource("tools", GrammarSource("call", json.dumps(schema))))
+    if grammar_source(body) is not None:
+        raise RequestError(
+            'tools: not together with structured output, which leaves no room for calls, unless tool_choice is "none"',
+            param="tools",
+        )
     if context.tool_format is None:
         raise RequestError(
             "tools: this model's chat template has no known format of calls; start the server with --tool-call-parser, "
@@ -121,19 +126,32 @@ def tool_choice(body: ChatRequest, context: ApiContext) -> ToolPlan:
     return ToolPlan("auto", tools)
 
 
-def answer_options(
-    body: ChatRequest, context: ApiContext, plan: ToolPlan, prompt: str, has_grammar: bool
-) -> AnswerOptions:
-    reasoning: Literal["none", "possible", "begun"] = "none"
-    if context.parses_reasoning and not has_grammar:  # a grammar leaves no room for reasoning
-        has_begun = prompt.rfind(THINK) > prompt.rfind(THINK_END) and prompt.rstrip().endswith(THINK)
-        reasoning = "begun" if has_begun else "possible"
+def find_reasoning(body: ChatRequest, context: ApiContext, prompt: str) -> Reasoning:
+    """Whether reasoning may come in the answer to this prompt, or has begun in it."""
+    if not context.parses_reasoning:
+        return "none"
+    if body.continue_final_message:
+        text = body.messages[-1].text()
+        return "begun" if text.rfind(THINK) > text.rfind(THINK_END) else "none"
+    end = prompt.rstrip()
+    return "begun" if end.endswith(THINK) else "none" if end.endswith(THINK_END) else "possible"
+
+
+def answer_options(body: ChatRequest, context: ApiContext, plan: ToolPlan, reasoning: Reasoning) -> AnswerOptions:
     return AnswerOptions(
-        # Under a grammar of the request's own, nothing else can come.
-        tools="none" if plan.mode == "auto" and has_grammar else plan.mode,
+        tools=plan.mode,
         tool_format=context.tool_format,
         tool_name=plan.name,
+        tool_names=frozenset(tool.function.name for tool in plan.offered or ()),
         reasoning=reasoning,
         include_reasoning=body.include_reasoning is not False,
         at_most_one_call=body.parallel_tool_calls is False,
     )
+
+
+def are_tags_special(answer: AnswerOptions, context: ApiContext) -> bool:
+    """Whether what an answer's parts are known by are special tokens, which its text must then show."""
+    tags = [] if answer.reasoning == "none" else [THINK, THINK_END]
+    if answer.tools == "auto" and answer.tool_format is not None:
+        tags += [answer.tool_format.opening, answer.tool_format.closing or ""]
+    return any(context.tokenizer.is_special(tag) for tag in tags)

@@ -30,6 +30,11 @@ def render_prompt(body: ChatPromptFields, context: ApiContext, tools: list[Tool]
     if body.messages is None:
         raise RequestError("messages: field required", param="messages")
     messages = [_message(message, index) for index, message in enumerate(body.messages)]
+    if continues:
+        # Templates trim texts and go on after them: the mark tells where the text ends in what they make of it.
+        if not messages[-1]["content"]:
+            raise RequestError("continue_final_message: the last message has no text", param="messages")
+        messages[-1]["content"] += _END_MARK
     variables = dict(body.chat_template_kwargs or {})
     if tools:
         variables["tools"] = [tool.model_dump(exclude_none=True) for tool in tools]
@@ -38,18 +43,17 @@ def render_prompt(body: ChatPromptFields, context: ApiContext, tools: list[Tool]
         text = template.render(messages, add_generation_prompt, variables)
     except ChatTemplateError as error:
         raise RequestError(str(error), param="messages") from None
-    return _cut_after(text, body.messages[-1]) if continues else text
-
-
-def _cut_after(text: str, message: Message) -> str:
-    """The prompt up to where the last message's text ends."""
-    content = message.text().strip()
-    position = text.rfind(content) if content else -1
+    if not continues:
+        return text
+    position = text.rfind(_END_MARK)
     if position < 0:
         raise RequestError(
-            "continue_final_message: the last message has no text that the chat template shows", param="messages"
+            "continue_final_message: the chat template does not show the last message's text", param="messages"
         )
-    return text[: position + len(content)]
+    return text[:position]
+
+
+_END_MARK = "\ue000end of the text to continue\ue000"
 
 
 def _message(message: Message, index: int) -> dict[str, Any]:

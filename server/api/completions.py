@@ -92,13 +92,11 @@ class _ChoiceWriter:
             if is_first:
                 written.prompt_token_ids = choice.prompt.token_ids
         if is_first and job.num_prompt_logprobs is not None:
-            written.prompt_logprobs = prompt_logprobs(
-                self._tokenizer, job.num_prompt_logprobs, choice.prompt.token_ids, choice.prompt_logprobs
-            )
+            written.prompt_logprobs = prompt_logprobs(self._tokenizer, job.num_prompt_logprobs, choice)
         if self._logprobs:
             token_ids: list[int] = delta.token_ids
             entries: list[TokenLogprob | None] = [*delta.logprobs]
-            if is_first and job.echo:
+            if is_first and job.echo and choice.prompt_logprobs is not None:
                 token_ids = choice.prompt.token_ids + token_ids
                 entries = [None, *choice.prompt_logprobs, *entries]
             written.logprobs = self._logprobs[choice.index].write(token_ids, entries)

@@ -39,7 +39,7 @@ class Choice:
         self.num_cached_tokens = 0
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
-        self.prompt_logprobs: list[TokenLogprob] = []
+        self.prompt_logprobs: list[TokenLogprob] | None = None  # until they come, with the first token
         self._sampling = job.sampling
         self._include_stop = job.include_stop
         self._detokenizer = Detokenizer(tokenizer, prompt.token_ids, job.skip_special_tokens)
@@ -51,7 +51,7 @@ class Choice:
         if event.prompt_logprobs is not None:
             self.prompt_logprobs = event.prompt_logprobs
         if not self.prompt.max_tokens:  # only the prompt was to be scored
-            self.finish_reason = FinishReason.LENGTH
+            self.finish_reason = FinishReason.LENGTH if event.token_ids else event.finish_reason
             return Delta(self, "", [])
         logprobs = event.logprobs or []
         text = ""

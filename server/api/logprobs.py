@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from server.api.generation import Choice
 from server.api.responses import (
     ChatLogprobs,
     ChatTokenLogprob,
@@ -59,12 +60,12 @@ def chat_logprobs(
     return ChatLogprobs(content)
 
 
-def prompt_logprobs(
-    tokenizer: Tokenizer, num_top: int, token_ids: Sequence[int], entries: Sequence[TokenLogprob]
-) -> PromptLogprobs:
-    """Of a whole prompt: `entries` lack the first token's. Keys are token ids, the token's own and the likeliest."""
+def prompt_logprobs(tokenizer: Tokenizer, num_top: int, choice: Choice) -> PromptLogprobs | None:
+    """Of a whole prompt; None where the request ended before. Keys are token ids, the token's own and the likeliest."""
+    if choice.prompt_logprobs is None:
+        return None
     written: PromptLogprobs = [None]
-    for token_id, entry in zip(token_ids[1:], entries, strict=True):
+    for token_id, entry in zip(choice.prompt.token_ids[1:], choice.prompt_logprobs, strict=True):
         ranked = {token_id: (entry.logprob, entry.rank)}
         for rank, (top_id, logprob) in enumerate(
             zip(entry.top_token_ids[:num_top], entry.top_logprobs, strict=False), 1

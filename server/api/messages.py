@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from server.api.answer import AnswerReader
 from server.api.blocks import Block, BlockChange, Blocks
+from server.api.chat_options import tool_choice
 from server.api.chat_prompt import render_prompt
 from server.api.context import ApiContext
 from server.api.errors import RequestError, from_validation_error, unavailable
@@ -54,7 +55,7 @@ async def count_tokens(request: Request, context: ApiContext) -> Response:
         body = await read_body(request, CountTokensRequest, context.max_request_bytes)
         chat = _chat_request(body)
         context.model_name(chat.model)
-        text = render_prompt(chat, context, chat.tools)
+        text = render_prompt(chat, context, tool_choice(chat, context).offered)
         [token_ids] = await context.tokenizer.encode_all([text], add_special_tokens=False)
     except RequestError as error:
         return _error_response(error)

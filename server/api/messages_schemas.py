@@ -52,7 +52,7 @@ class ToolResultBlock(Schema):
     type: Literal["tool_result"]
     tool_use_id: str
     content: Texts | None = None
-    is_error: bool | None = None
+    is_error: bool | None = Field(None, description="The model reads the content as an error.")
     cache_control: CacheControl | None = None
 
 
@@ -163,7 +163,11 @@ def _messages(item: MessageItem) -> list[dict[str, Any]]:
         return [{"role": item.role, "content": item.content}]
     text = "".join(block.text for block in item.content if isinstance(block, TextBlock))
     results = [
-        {"role": "tool", "tool_call_id": block.tool_use_id, "content": _text(block.content)}
+        {
+            "role": "tool",
+            "tool_call_id": block.tool_use_id,
+            "content": ("Error: " if block.is_error else "") + _text(block.content),
+        }
         for block in item.content
         if isinstance(block, ToolResultBlock)
     ]

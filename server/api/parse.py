@@ -9,7 +9,14 @@ from pydantic import ValidationError
 from starlette.requests import ClientDisconnect, Request
 
 from server.api.answer import PLAIN_ANSWER, AnswerOptions
-from server.api.chat_options import answer_options, compile_grammar, grammar_source, tool_choice
+from server.api.chat_options import (
+    answer_options,
+    are_tags_special,
+    compile_grammar,
+    find_reasoning,
+    grammar_source,
+    tool_choice,
+)
 from server.api.chat_prompt import render_prompt
 from server.api.context import ApiContext
 from server.api.errors import RequestError, from_validation_error
@@ -17,6 +24,7 @@ from server.api.schemas import ChatRequest, CompletionRequest, GenerationFields,
 from server.api.sse import ClientGone
 from server.types import SamplingParams
 
+MAX_CHOICES_PER_REQUEST = 2048
 MIN_TEMPERATURE = 0.01  # of those above 0: dividing logits by less overflows and says no more than greedy does
 
 _Schema = TypeVar("_Schema", bound=Schema)
@@ -94,18 +102,26 @@ async def parse_completion(body: CompletionRequest, context: ApiContext) -> Gene
     if body.max_tokens == 0 and not body.echo:
         raise RequestError("max_tokens: must be at least 1 without echo (got 0)", param="max_tokens")
     scores_prompt = body.prompt_logprobs is not None or (bool(body.echo) and body.logprobs is not None)
+    num_choices = len(token_ids) * (body.n or 1)
+    if num_choices > MAX_CHOICES_PER_REQUEST:
+        raise RequestError(
+            f"n: prompts times n must be at most {MAX_CHOICES_PER_REQUEST} (got {num_choices})", param="n"
+        )
+    skips_special = body.skip_special_tokens is not False
     prompts = []
     for index, whole in enumerate(token_ids):
         ids = _truncated(whole, body, context, body.max_tokens)
         limit = _room(ids, context, needs_output=body.max_tokens != 0 or scores_prompt)
         echo_text = ""
         if body.echo:
-            echo_text = texts[index] if texts is not None and ids is whole else context.tokenizer.decode(ids)
+            echo_text = (
+                texts[index] if texts is not None and ids is whole else context.tokenizer.decode(ids, skips_special)
+            )
         asked = limit if body.max_tokens is None else body.max_tokens
         prompts.append(PromptJob(ids, min(asked, limit), echo_text))
     grammar = await compile_grammar(grammar_source(body), context)
     return replace(
-        _job(
+        await _job(
             body,
             context,
             model,
@@ -135,12 +151,11 @@ async def parse_chat(body: ChatRequest, context: ApiContext) -> GenerationJob:
     if asked is None:
         asked = context.defaults.max_new_tokens or limit
     num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    grammar = await compile_grammar(choice.grammar or grammar_source(body), context)
-    job = _job(body, context, model, [PromptJob(ids, min(asked, limit))], asked, num_logprobs, grammar=grammar)
-    answer = answer_options(body, context, choice, text, has_grammar=grammar is not None)
-    # The signs of a call may be special tokens, and are looked for in the text.
-    shows_special = answer.tools == "auto"
-    return replace(job, answer=answer, skip_special_tokens=job.skip_special_tokens and not shows_special)
+    answer = answer_options(body, context, choice, find_reasoning(body, context, text))
+    grammar = await compile_grammar(choice.grammar or grammar_source(body), context, answer.reasoning)
+    job = await _job(body, context, model, [PromptJob(ids, min(asked, limit))], asked, num_logprobs, grammar=grammar)
+    skips_special = job.skip_special_tokens and not are_tags_special(answer, context)
+    return replace(job, answer=answer, skip_special_tokens=skips_special)
 
 
 def _truncated(ids: list[int], body: GenerationFields, context: ApiContext, max_tokens: int | None) -> list[int]:
@@ -151,7 +166,9 @@ def _truncated(ids: list[int], body: GenerationFields, context: ApiContext, max_
     if length == 0:
         raise RequestError("truncate_prompt_tokens: must be -1 or at least 1 (got 0)", param="truncate_prompt_tokens")
     if length < 0:
-        length = max(1, context.max_model_len - (1 if max_tokens is None else max_tokens))
+        # More than the context holds is cut to what fits, as ever: it must not take the prompt's place.
+        room = max_tokens if max_tokens and max_tokens < context.max_model_len else 1
+        length = context.max_model_len - room
     return ids[-length:] if len(ids) > length else ids
 
 
@@ -223,7 +240,7 @@ def _too_long(num_tokens: str, max_model_len: int, param: str) -> RequestError:
     )
 
 
-def _job(
+async def _job(
     body: GenerationFields,
     context: ApiContext,
     model: str,
@@ -244,6 +261,7 @@ def _job(
         num_logprobs=num_logprobs,
         num_prompt_logprobs=max(asked_prompt_logprobs, default=None),
         grammar=grammar,
+        bad_words=await _bad_words(body.bad_words or [], context),
     )
     options = body.stream_options
     stop = [] if body.stop is None else [body.stop] if isinstance(body.stop, str) else body.stop
@@ -291,7 +309,6 @@ def _sampling(body: GenerationFields, context: ApiContext, max_tokens: int) -> S
         repetition_penalty=body.repetition_penalty or defaults.repetition_penalty,
         logit_bias=_logit_bias(body.logit_bias or {}, context),
         allowed_token_ids=None if body.allowed_token_ids is None else tuple(dict.fromkeys(body.allowed_token_ids)),
-        bad_words=_bad_words(body.bad_words or [], context),
     )
 
 
@@ -307,12 +324,8 @@ def _logit_bias(biases: dict[str, float], context: ApiContext) -> tuple[tuple[in
     return tuple(token_ids.items())
 
 
-def _bad_words(words: list[str], context: ApiContext) -> tuple[tuple[int, ...], ...]:
+async def _bad_words(words: list[str], context: ApiContext) -> tuple[tuple[int, ...], ...]:
     """The words as token ids, as they begin a text and as they follow a space."""
-    found: dict[tuple[int, ...], None] = {}
-    for word in words:
-        for text in (word, " " + word.lstrip()):
-            token_ids = tuple(context.tokenizer.encode(text, add_special_tokens=False))
-            if token_ids:
-                found[token_ids] = None
-    return tuple(found)
+    texts = [text for word in words for text in (word, " " + word.lstrip())]
+    encoded = await context.tokenizer.encode_all(texts, add_special_tokens=False)
+    return tuple(dict.fromkeys(tuple(token_ids) for token_ids in encoded if token_ids))

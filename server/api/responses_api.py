@@ -150,7 +150,7 @@ def _response(generation: Generation, body: ResponsesRequest, blocks: Blocks) ->
     if status == "incomplete":
         details = {"reason": "max_output_tokens" if reason is FinishReason.LENGTH else reason}
     usage = generation.usage()
-    sent = body.model_dump(mode="json", by_alias=True, exclude_none=True)
+    sent = body.model_dump(mode="json", by_alias=True, exclude_none=True, include={"text", "tool_choice", "tools"})
     return {
         "id": generation.id,
         "object": "response",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -11,6 +13,7 @@ from server.api.errors import RequestError
 from server.api.parse import read_body, refuse_unknown_ids
 from server.api.responses import json_response
 from server.api.schemas import DetokenizeRequest, TokenizeRequest
+from server.text import Tokenizer
 
 
 async def tokenize(request: Request, context: ApiContext) -> Response:
@@ -28,10 +31,14 @@ async def tokenize(request: Request, context: ApiContext) -> Response:
     [token_ids] = await context.tokenizer.encode_all([text], adds_special_tokens)
     texts = None
     if body.return_token_strs:
-        texts = [context.tokenizer.token_bytes(token_id).decode(errors="replace") for token_id in token_ids]
+        texts = await asyncio.to_thread(_token_texts, context.tokenizer, token_ids)
     return json_response(
         {"count": len(token_ids), "max_model_len": context.max_model_len, "tokens": token_ids, "token_strs": texts}
     )
+
+
+def _token_texts(tokenizer: Tokenizer, token_ids: list[int]) -> list[str]:
+    return [tokenizer.token_bytes(token_id).decode(errors="replace") for token_id in token_ids]
 
 
 async def detokenize(request: Request, context: ApiContext) -> Response:

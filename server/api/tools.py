@@ -4,26 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
+from server.api.call_scanner import CallArguments, CallScanner, CallStart
 from server.api.schemas import FunctionDefinition, Tool
-
-
-@dataclass(frozen=True, slots=True)
-class CallStart:
-    """A call number `index` to `name` begins."""
-
-    index: int
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class CallArguments:
-    """More of the text of call `index`'s arguments."""
-
-    index: int
-    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,119 +42,6 @@ def detect_format(template_source: str) -> ToolFormat | None:
     return next((TOOL_FORMATS[name] for name, sign in _SIGNS.items() if sign in template_source), None)
 
 
-class _State(Enum):
-    OUTSIDE = 0  # before, between and after the objects of calls
-    KEY = 1  # before a key
-    IN_KEY = 2
-    COLON = 3
-    BEFORE_VALUE = 4
-    IN_VALUE = 5
-
-
-class CallScanner:
-    """Reads calls out of JSON that comes in pieces: objects with a name and arguments (or parameters), in a list or not."""
-
-    def __init__(self, first_index: int = 0) -> None:
-        self.index = first_index - 1  # of the call that is being read
-        self._state = _State.OUTSIDE
-        self._key = self._value = ""
-        self._name: str | None = None
-        self._waiting = ""  # arguments that came before the name
-        self._has_arguments = False
-        self._depth = 0
-        self._in_string = self._is_escaped = False
-        self._events: list[CallStart | CallArguments] = []
-
-    def feed(self, text: str) -> list[CallStart | CallArguments]:
-        for char in text:
-            self._step(char)
-        events, self._events = self._events, []
-        merged: list[CallStart | CallArguments] = []
-        for event in events:
-            last = merged[-1] if merged else None
-            if isinstance(event, CallArguments) and isinstance(last, CallArguments) and event.index == last.index:
-                merged[-1] = CallArguments(event.index, last.text + event.text)
-            else:
-                merged.append(event)
-        return merged
-
-    def _step(self, char: str) -> None:
-        state = self._state
-        if state is _State.OUTSIDE:
-            if char == "{":
-                self._state, self._name, self._waiting, self._has_arguments = _State.KEY, None, "", False
-        elif state is _State.KEY:
-            if char == '"':
-                self._state, self._key = _State.IN_KEY, ""
-            elif char == "}":
-                self._end_call()
-        elif state is _State.IN_KEY:
-            if char == '"':
-                self._state = _State.COLON
-            else:
-                self._key += char
-        elif state is _State.COLON:
-            if char == ":":
-                self._state = _State.BEFORE_VALUE
-        elif state is _State.BEFORE_VALUE:
-            if not char.isspace():
-                self._state, self._value, self._depth = _State.IN_VALUE, "", 0
-                self._in_string = self._is_escaped = False
-                self._step(char)
-        else:
-            self._step_in_value(char)
-
-    def _step_in_value(self, char: str) -> None:
-        if not self._in_string and self._depth == 0 and (char in ",}" or char.isspace()) and self._value:
-            self._end_value()  # of a number or word, which nothing closes
-            self._step(char)
-            return
-        self._take(char)
-        if self._in_string:
-            if self._is_escaped:
-                self._is_escaped = False
-            elif char == "\\":
-                self._is_escaped = True
-            elif char == '"':
-                self._in_string = False
-        elif char == '"':
-            self._in_string = True
-        elif char in "{[":
-            self._depth += 1
-        elif char in "}]":
-            self._depth -= 1
-        if self._depth == 0 and not self._in_string and char in '}]"':
-            self._end_value()
-
-    def _take(self, char: str) -> None:
-        self._value += char
-        if self._key in ("arguments", "parameters"):
-            self._has_arguments = True
-            if self._name is None:
-                self._waiting += char
-            else:
-                self._events.append(CallArguments(self.index, char))
-
-    def _end_value(self) -> None:
-        self._state = _State.KEY
-        if self._key == "name" and self._name is None:
-            try:
-                name = json.loads(self._value)
-            except ValueError:
-                return
-            if isinstance(name, str):
-                self._name = name
-                self.index += 1
-                self._events.append(CallStart(self.index, name))
-                if self._waiting:
-                    self._events.append(CallArguments(self.index, self._waiting))
-
-    def _end_call(self) -> None:
-        if self._name is not None and not self._has_arguments:
-            self._events.append(CallArguments(self.index, "{}"))
-        self._state = _State.OUTSIDE
-
-
 def split_at(text: str, tag: str) -> tuple[str, bool, str]:
     """Text before the tag, whether it was found, and what follows it; or else what could be the tag's beginning."""
     position = text.find(tag)
@@ -185,10 +56,12 @@ def split_at(text: str, tag: str) -> tuple[str, bool, str]:
 class ToolReader:
     """Divides an output into content and calls. What looks like a call and has no name is content after all."""
 
-    def __init__(self, form: ToolFormat) -> None:
+    def __init__(self, form: ToolFormat, names: frozenset[str] = frozenset()) -> None:
+        """`names` are those of the tools: what has no sign but its braces is a call to one of them, or none."""
         self._form = form
+        self._names = names if form.is_bare else None
         self._buffer = ""
-        self._raw = ""  # of what is being read as calls
+        self._raw: list[str] = []  # of what is being read as calls
         self._spaces = ""  # held back: those between content and calls belong to neither
         self._scanner: CallScanner | None = None
         self._num_calls = self._num_calls_before = 0
@@ -209,7 +82,7 @@ class ToolReader:
                 content += self._content(before)
                 if not found:
                     return content, events
-                self._raw = self._form.opening
+                self._raw = [self._form.opening]
                 self._open()
             else:
                 tag = self._form.closing or self._form.opening
@@ -219,7 +92,7 @@ class ToolReader:
                     return content, events
                 if self._form.closing is None:
                     content += self._close("")
-                    self._raw = tag
+                    self._raw = [tag]
                     self._open()
                 else:
                     content += self._close(tag)
@@ -234,14 +107,14 @@ class ToolReader:
         return self._close(""), events
 
     def _open(self) -> None:
-        self._scanner = CallScanner(self._num_calls)
+        self._scanner = CallScanner(self._num_calls, self._names)
         self._num_calls_before = self._num_calls
         self._is_unsure = self._form.is_named
         self._pending_name = ""
 
     def _scan(self, text: str) -> list[CallStart | CallArguments]:
         assert self._scanner is not None
-        self._raw += text
+        self._raw.append(text)
         if self._is_unsure:
             self._pending_name += text
             start = self._pending_name.lstrip()
@@ -260,7 +133,7 @@ class ToolReader:
     def _close(self, tag: str) -> str:
         """Ends what was read as calls. The text, where it was none."""
         self._scanner = None
-        raw, self._raw = self._raw, ""
+        raw, self._raw = "".join(self._raw), []
         if self._num_calls > self._num_calls_before:
             self._spaces = ""
             return ""
@@ -302,16 +175,13 @@ def arguments_schema(function: FunctionDefinition) -> dict[str, Any]:
 
 
 def required_schema(tools: list[Tool], at_most_one: bool) -> dict[str, Any]:
-    """A JSON schema of one or more calls. Definitions that the tools' schemas refer to move to its root."""
+    """A JSON schema of one or more calls. The tools' own schemas are its definitions, and what they refer to moves along."""
     definitions: dict[str, Any] = {}
     calls = []
     for index, tool in enumerate(tools):
-        parameters = _moved(arguments_schema(tool.function), f"tool{index}.")
-        if isinstance(parameters, dict):
-            for key in ("$defs", "definitions"):
-                moved = parameters.pop(key, None) or {}
-                definitions |= {f"tool{index}.{name}": definition for name, definition in moved.items()}
-        properties = {"name": {"const": tool.function.name}, "parameters": parameters}
+        place = f"#/$defs/tool{index}"
+        definitions[f"tool{index}"] = _moved(arguments_schema(tool.function), place)
+        properties = {"name": {"const": tool.function.name}, "parameters": {"$ref": place}}
         calls.append(
             {
                 "type": "object",
@@ -320,23 +190,20 @@ def required_schema(tools: list[Tool], at_most_one: bool) -> dict[str, Any]:
                 "additionalProperties": False,
             }
         )
-    schema: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": calls}}
+    schema: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": calls}, "$defs": definitions}
     if at_most_one:
         schema["maxItems"] = 1
-    if definitions:
-        schema["$defs"] = definitions
     return schema
 
 
-def _moved(schema: Any, prefix: str) -> Any:
+def _moved(schema: Any, place: str) -> Any:
+    """A schema whose references are to itself, to be put at `place` of another."""
     if isinstance(schema, list):
-        return [_moved(item, prefix) for item in schema]
+        return [_moved(item, place) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    moved = {key: _moved(value, prefix) for key, value in schema.items()}
+    moved = {key: _moved(value, place) for key, value in schema.items()}
     reference = moved.get("$ref")
-    if isinstance(reference, str):
-        for start in ("#/$defs/", "#/definitions/"):
-            if reference.startswith(start):
-                moved["$ref"] = "#/$defs/" + prefix + reference[len(start) :]
+    if isinstance(reference, str) and (reference == "#" or reference.startswith("#/")):
+        moved["$ref"] = place + reference[1:]
     return moved

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Rows
 
+import torch
 from torch import Tensor
 
 from kernels.backend import Backend, SamplingBatch
@@ -46,7 +47,8 @@ class Sampler:
                 if not sequence.matcher.mask(logits[row]):
                     errors[row] = f"the grammar cannot go on: {sequence.matcher.error}"
                     continue
-                banned = []  # a grammar that has come to its end has nothing else to give
+                if banned and not _leaves_any(logits[row], banned):
+                    banned = []  # a grammar that has come to its end has nothing else to give
             if sequence.has_rules:
                 if sequence.rules is None:
                     sequence.rules = LogitRules(sequence.sampling, sequence.request.prompt_token_ids)
@@ -65,3 +67,10 @@ class Sampler:
         if sequence.num_output_tokens >= sequence.sampling.min_tokens:
             return []
         return sorted(self.eos_token_ids | set(sequence.sampling.stop_token_ids))
+
+
+def _leaves_any(row: Tensor, banned: list[int]) -> bool:
+    """Whether a row has possible tokens besides these."""
+    possible = row > -torch.inf
+    possible[[token_id for token_id in banned if token_id < len(row)]] = False
+    return bool(possible.any())

@@ -66,7 +66,7 @@ def test_messages_stop_and_go_on(url: str) -> None:
     )
     prefilled = [user, {"role": "assistant", "content": "The lazy dog "}]
     message = client.messages.create(model="echo", max_tokens=2, messages=prefilled)
-    assert message.usage.input_tokens == length("The lazy dog")
+    assert message.usage.input_tokens == length("The lazy dog ")
     result = {"type": "tool_result", "tool_use_id": "1", "content": [{"type": "text", "text": "noon"}]}
     use = {"type": "tool_use", "id": "1", "name": "now", "input": {}}
     history = [user, {"role": "assistant", "content": [use]}, {"role": "user", "content": [result]}]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.api.answer import AnswerOptions, AnswerReader
+from server.api.call_scanner import CallStart
 from server.api.chat_template import ChatTemplate
-from server.api.tools import TOOL_FORMATS, CallStart, detect_format
+from server.api.schemas import Tool
+from server.api.tools import TOOL_FORMATS, detect_format, required_schema
 from tests.server.fakes import byte_level_tokenizer, running_edge, sse_events
 from tests.server.real_edge import real_edge, tiny_checkpoint
 
@@ -57,6 +60,7 @@ CASES: list[tuple[str, str, str, list[Call]]] = [
     ("llama3", '<|python_tag|>{"name": "f", "parameters": {}}; {"name": "g", "parameters": {}}', "", [("f", "{}"), ("g", "{}")]),
     ("llama3", "It is {sunny}.", "It is {sunny}.", []),
     ("llama3", '{"sunny": true}', '{"sunny": true}', []),
+    ("llama3", '{"name": "Bob", "age": 3}', '{"name": "Bob", "age": 3}', []),
 ]  # fmt: skip
 
 
@@ -86,7 +90,42 @@ def test_calls_are_found_however_the_text_is_cut(
     name, text, content, calls = case
     ends = sorted({min(cut, len(text)) for cut in cuts} | {0, len(text)})
     pieces = list(text) if by_character else [text[a:b] for a, b in itertools.pairwise(ends)]
-    assert read(AnswerOptions("auto", TOOL_FORMATS[name]), pieces) == (content, "", calls)
+    options = AnswerOptions("auto", TOOL_FORMATS[name], tool_names=frozenset("fg"))
+    assert read(options, pieces) == (content, "", calls)
+
+
+def test_long_arguments_take_time_in_proportion() -> None:
+    """Half a megabyte: a second or two, where copying what has come with every character would take minutes."""
+    text = '{"name": "f", "arguments": {"a": "' + "x" * 500_000 + '"}}'
+    began = time.perf_counter()
+    for pieces in ([text], [text[start : start + 500] for start in range(0, len(text), 500)]):
+        options = AnswerOptions("auto", TOOL_FORMATS["hermes"])
+        _, _, [(name, arguments)] = read(options, ["<tool_call>", *pieces, "</tool_call>"])
+        assert name == "f" and len(json.loads(arguments)["a"]) == 500_000
+    assert time.perf_counter() - began < 15
+
+
+def test_required_calls_keep_what_schemas_refer_to() -> None:
+    tree = {
+        "type": "object",
+        "properties": {
+            "value": {"$ref": "#/$defs/Value"},
+            "left": {"$ref": "#"},
+            "same": {"$ref": "#/properties/value"},
+        },
+        "$defs": {"Value": {"type": "integer"}},
+    }
+    tools = [Tool.model_validate({"type": "function", "function": {"name": name, "parameters": tree}}) for name in "fg"]
+    schema = required_schema(tools, at_most_one=False)
+    jsonschema.Draft202012Validator.check_schema(schema)
+    for arguments, is_valid in (
+        ({"left": {"left": {"value": 1}}, "same": 2}, True),
+        ({"left": {"left": {"value": "x"}}}, False),
+        ({"same": "x"}, False),
+        ({"left": [{"name": "f", "parameters": {}}]}, False),
+    ):
+        calls = [{"name": "g", "parameters": arguments}]
+        assert jsonschema.Draft202012Validator(schema).is_valid(calls) == is_valid
 
 
 @pytest.mark.parametrize(
@@ -189,6 +228,7 @@ def test_tools_that_cannot_be_honoured_are_refused_by_name() -> None:
         ({"tools": [TOOLS[0], TOOLS[0]]}, "tools", "must differ"),
         ({"tool_choice": "auto"}, "tools", "--tool-call-parser"),
         ({"tool_choice": "required", "response_format": {"type": "json_object"}}, "tool_choice", "no room"),
+        ({"response_format": {"type": "json_object"}}, "tools", "structured output"),
         ({"tool_choice": "sometimes"}, "tool_choice", "input should be"),
         (
             {"continue_final_message": True, "add_generation_prompt": True, "tools": None},
@@ -225,10 +265,31 @@ def test_tool_messages_and_continued_ones_reach_the_prompt() -> None:
             for continues in (False, True):
                 body = {"messages": messages, "continue_final_message": continues, "return_token_strs": True}
                 answer = (await edge.http.post("/tokenize", json=body)).json()
-                expected = '[user] the dog[assistant] <tool_call>{"a": 1}[tool] fox[assistant] a quick'
+                expected = '[user] the dog[assistant] <tool_call>{"a": 1}[tool] fox[assistant] a quick '
                 text = tokenizer.decode(answer["tokens"])
-                assert text == expected + ("" if continues else " END")
+                assert text == expected + ("" if continues else "END")
                 assert answer["count"] == len(answer["tokens"]) and "".join(answer["token_strs"]) == text
+
+    asyncio.run(check())
+
+
+def test_an_answer_goes_on_where_its_text_ends_whatever_follows_it() -> None:
+    """The text may stand in what the template puts after it."""
+    template = ChatTemplate(
+        "{% for message in messages %}<|im_start|>{{ message.content | trim }}<|im_end|>{% endfor %}"
+    )
+    messages = [{"role": "user", "content": "in"}, {"role": "assistant", "content": "i"}]
+
+    async def check() -> None:
+        async with running_edge(chat_template=template) as edge:
+            body = {"messages": messages, "continue_final_message": True}
+            tokens = (await edge.http.post("/tokenize", json=body)).json()["tokens"]
+            assert edge.context.tokenizer.decode(tokens) == "<|im_start|>in<|im_end|><|im_start|>i"
+        for source, content in (("{{ messages[0].content }}", "i"), ("{{ messages[-1].content }}", "")):
+            async with running_edge(chat_template=ChatTemplate(source)) as edge:
+                messages[-1]["content"] = content
+                answer = await edge.http.post("/tokenize", json=body)
+                assert answer.status_code == 400 and "last message" in answer.json()["error"]["message"]
 
     asyncio.run(check())
 
