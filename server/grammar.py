@@ -149,7 +149,7 @@ def _serve(connection: Connection, tokenizer_file: Path) -> None:
             kind, text, reasoning = connection.recv()
             try:
                 connection.send((True, _compile(GrammarSource(kind, text, reasoning), tokenizer)))
-            except (ValueError, RecursionError) as error:
+            except Exception as error:  # users write these programs: whatever is wrong is their text's fault
                 connection.send((False, str(error)[:500] or type(error).__name__))
 
 
@@ -195,16 +195,17 @@ def _after_reasoning(grammar: str, reasoning: Reasoning, tokenizer: llguidance.L
     # Of one grammar in Lark's syntax the text is given as it is; else, this is a list of one.
     whole = json.loads(grammar) if grammar.startswith("{") else {"grammars": [{"lark_grammar": grammar}]}
     whole["grammars"][0]["name"] = "answer"
-    begin, end = (_literal(tag, tokenizer) for tag in (THINK, THINK_END))
-    thought = f"THOUGHT {end} /\\n{{0,2}}/"
+    begin = THINK if _is_token(THINK, tokenizer) else json.dumps(THINK)
+    if _is_token(THINK_END, tokenizer):  # which no text stands for; and text that spells it would be taken for it
+        thought, terminal = f"THOUGHT {THINK_END}", f"/(?s:.*)/ & ~/(?s:.*{_THINK_END_PATTERN}.*)/"
+    else:  # terminals take as much as they can: this one ends with the first end
+        thought, terminal = "THOUGHT", f"/(?s:.*{_THINK_END_PATTERN})/ & ~/(?s:.*{_THINK_END_PATTERN}.+)/"
+    thought += " /\\n{0,2}/"
     start = f"{thought} @answer" if reasoning == "begun" else f"({begin} {thought})? @answer"
-    not_ended = f"/(?s:.*)/ & ~/(?s:.*{_THINK_END_PATTERN}.*)/"
-    whole["grammars"].insert(0, {"lark_grammar": f"start: {start}\nTHOUGHT: {not_ended}\n"})
+    whole["grammars"].insert(0, {"lark_grammar": f"start: {start}\nTHOUGHT: {terminal}\n"})
     return json.dumps(whole)
 
 
-def _literal(tag: str, tokenizer: llguidance.LLTokenizer) -> str:
-    """Where a tag is a token of its own, no text stands for it."""
+def _is_token(tag: str, tokenizer: llguidance.LLTokenizer) -> bool:
     token_ids = tokenizer.tokenize_str(tag)
-    is_token = len(token_ids) == 1 and tokenizer.is_special_token(token_ids[0])
-    return tag if is_token else json.dumps(tag)
+    return len(token_ids) == 1 and tokenizer.is_special_token(token_ids[0])

@@ -127,7 +127,8 @@ class RequestTimings:
 class TokenEvent:
     """What one step did for one request: usually one token, none for a bare end, more where drafts were accepted.
 
-    `finish_reason` is set exactly once, on the request's last event, together with `timings`. `stop_token_id` is the token that
+    `finish_reason` is set exactly once, on the request's last event. `timings` come with that and with the first token, whose
+    `finished` is the time of that event. `stop_token_id` is the token that
     ended it (the end-of-sequence token included); that token is the last of `token_ids`. `num_cached_tokens` (prompt tokens found
     in the prefix cache) is right from the first event on. `logprobs` has one entry per token where the request asks for them.
     `prompt_logprobs` comes with the first token and has one entry per prompt token but the first, which nothing predicts.

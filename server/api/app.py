@@ -9,11 +9,13 @@ from fastapi import FastAPI, Request
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 from starlette.responses import Response
+from starlette.types import ASGIApp
 
 from server.api import chat, completions, messages, ops, responses_api, tokenize
 from server.api.context import ApiContext
 from server.api.errors import HANDLERS
 from server.api.messages_schemas import CountTokensRequest, MessagesRequest
+from server.api.request_id import RequestIds
 from server.api.responses_schemas import ResponsesRequest
 from server.api.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, Schema, TokenizeRequest
 from server.api.sse import ClientGone
@@ -44,11 +46,14 @@ _Handler = Callable[[Request, ApiContext], Awaitable[Response]]
 _CLIENT_CLOSED_REQUEST = 499  # nginx's number; the client is not there to read it
 
 
+class _App(FastAPI):
+    def build_middleware_stack(self) -> ASGIApp:
+        return RequestIds(super().build_middleware_stack())
+
+
 def create_app(context: ApiContext) -> FastAPI:
     # No /docs pages: they load their scripts from outside.
-    app = FastAPI(
-        title="awq-serve", version=context.version, docs_url=None, redoc_url=None, exception_handlers=HANDLERS
-    )
+    app = _App(title="awq-serve", version=context.version, docs_url=None, redoc_url=None, exception_handlers=HANDLERS)
     app.state.context = context
 
     def route(method: str, path: str, handler: _Handler, schema: type[Schema] | None = None) -> None:

@@ -68,6 +68,8 @@ async def _whole(generation: Generation) -> ChatCompletion:
         choices=[_choice(generation, whole) for whole in gathered.values()],
         usage=generation.usage(),
     )
+    if job.include_metrics:
+        answer.metrics = generation.metrics()
     prompt = job.prompts[0].token_ids
     if job.return_token_ids:
         answer.prompt_token_ids = prompt
@@ -134,8 +136,11 @@ async def _events(generation: Generation) -> AsyncIterator[bytes]:
                     chunks.append(sse_event(_chunk(generation, [chunk_choice], _chunk_usage(generation))))
             if chunks:
                 yield b"".join(chunks)
-        if job.include_usage:
-            yield sse_event(_chunk(generation, [], generation.usage()))
+        if job.include_usage or job.include_metrics:
+            last = _chunk(generation, [], generation.usage() if job.include_usage else UNSET)
+            if job.include_metrics:
+                last.metrics = generation.metrics()
+            yield sse_event(last)
     except RequestError as error:
         yield sse_event(error_body(error.message, error.status, error.param, error.code))
     yield SSE_DONE

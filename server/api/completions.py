@@ -42,7 +42,10 @@ async def _whole(generation: Generation) -> Completion:
             whole.text += delta.text
             whole.token_ids += delta.token_ids
             whole.logprobs += delta.logprobs
-    return _completion(generation, [writer.write(delta) for delta in gathered.values()], generation.usage())
+    whole_answer = _completion(generation, [writer.write(delta) for delta in gathered.values()], generation.usage())
+    if generation.job.include_metrics:
+        whole_answer.metrics = generation.metrics()
+    return whole_answer
 
 
 async def _events(generation: Generation) -> AsyncIterator[bytes]:
@@ -56,8 +59,11 @@ async def _events(generation: Generation) -> AsyncIterator[bytes]:
                 usage = generation.usage() if job.continuous_usage else no_usage
                 chunks.append(sse_event(_completion(generation, [writer.write(delta)], usage)))
             yield b"".join(chunks)
-        if job.include_usage:
-            yield sse_event(_completion(generation, [], generation.usage()))
+        if job.include_usage or job.include_metrics:
+            last = _completion(generation, [], generation.usage() if job.include_usage else UNSET)
+            if job.include_metrics:
+                last.metrics = generation.metrics()
+            yield sse_event(last)
     except RequestError as error:
         yield sse_event(error_body(error.message, error.status, error.param, error.code))
     yield SSE_DONE

@@ -5,15 +5,15 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from server.api.context import ApiContext
 from server.api.errors import RequestError
 from server.api.parse import GenerationJob, PromptJob
-from server.api.responses import PromptTokensDetails, Usage
+from server.api.responses import PromptTokensDetails, RequestMetrics, Usage
 from server.engine.client import EngineClient, Mailbox
 from server.text import Detokenizer, StopStrings, Tokenizer
-from server.types import AbortReason, FinishReason, GenerateRequest, TokenEvent, TokenLogprob
+from server.types import AbortReason, FinishReason, GenerateRequest, RequestTimings, TokenEvent, TokenLogprob
 
 
 @dataclass(slots=True)
@@ -40,6 +40,7 @@ class Choice:
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
         self.prompt_logprobs: list[TokenLogprob] | None = None  # until they come, with the first token
+        self.timings: RequestTimings | None = None  # from the first token on
         self._sampling = job.sampling
         self._include_stop = job.include_stop
         self._detokenizer = Detokenizer(tokenizer, prompt.token_ids, job.skip_special_tokens)
@@ -48,6 +49,7 @@ class Choice:
     def accept(self, event: TokenEvent) -> Delta:
         """The delta that an event makes. A stop string ends the choice at the token that completes it; the rest is dropped."""
         self.num_cached_tokens = event.num_cached_tokens
+        self.timings = event.timings or self.timings
         if event.prompt_logprobs is not None:
             self.prompt_logprobs = event.prompt_logprobs
         if not self.prompt.max_tokens:  # only the prompt was to be scored
@@ -69,6 +71,11 @@ class Choice:
         if event.stop_token_id in self._sampling.stop_token_ids:
             self.stop_reason = event.stop_token_id
         return self._finish(event.finish_reason, text + self._stop_strings.finish(), event.token_ids, logprobs)
+
+    def end_now(self) -> None:
+        """At a stop string, of which the engine does not know yet."""
+        if self.timings is not None:
+            self.timings = replace(self.timings, finished=time.monotonic())
 
     def _show(self, piece: str) -> str:
         """Text past the stop strings; those do not count in the first `min_tokens` tokens."""
@@ -155,6 +162,7 @@ class Generation:
                 if choice.finish_reason is not None:
                     del self._unfinished[choice.request_id]
                     if event.finish_reason is None:
+                        choice.end_now()
                         self._engine.abort(choice.request_id, AbortReason.STOP_STRING)
             if deltas:
                 yield list(deltas.values())
@@ -177,6 +185,29 @@ class Generation:
             num_prompt_tokens + num_completion_tokens,
             PromptTokensDetails(num_cached_tokens),
         )
+
+    def metrics(self) -> RequestMetrics:
+        """Of the choices that have a token."""
+        timings = [choice.timings for choice in self.choices if choice.timings is not None]
+        firsts = [times.first_token for times in timings if times.first_token is not None]
+        scheduled = [times.first_scheduled for times in timings if times.first_scheduled is not None]
+        if not firsts or not scheduled:
+            return RequestMetrics()
+        generating = max(times.finished for times in timings) - min(firsts)
+        between = sum(times.finished - times.first_token for times in timings if times.first_token is not None)
+        num_later = sum(max(choice.num_tokens - 1, 0) for choice in self.choices)
+        return RequestMetrics(
+            queue_time_ms=_milliseconds(min(scheduled) - timings[0].arrival),
+            time_to_first_token_ms=_milliseconds(min(firsts) - timings[0].arrival),
+            generation_time_ms=_milliseconds(generating),
+            mean_itl_ms=_milliseconds(between / num_later) if num_later else None,
+            tokens_per_second=round(num_later / generating, 3) if num_later and generating > 0 else None,
+            num_preemptions=sum(times.num_preemptions for times in timings),
+        )
+
+
+def _milliseconds(seconds: float) -> float:
+    return round(seconds * 1e3, 3)
 
 
 def _failure(event: TokenEvent) -> RequestError:

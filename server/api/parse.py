@@ -55,6 +55,7 @@ class GenerationJob:
     include_usage: bool
     continuous_usage: bool
     return_token_ids: bool
+    include_metrics: bool
     echo: bool = False
     num_prompt_logprobs: int | None = None  # as the answer shows them by themselves
     answer: AnswerOptions = PLAIN_ANSWER  # of chat
@@ -278,6 +279,7 @@ async def _job(
         include_usage=options is not None and bool(options.include_usage or options.continuous_usage_stats),
         continuous_usage=options is not None and bool(options.continuous_usage_stats),
         return_token_ids=bool(body.return_token_ids),
+        include_metrics=bool(body.include_metrics),
         num_prompt_logprobs=body.prompt_logprobs,
     )
 

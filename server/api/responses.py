@@ -20,6 +20,17 @@ class Usage(Struct):
     prompt_tokens_details: PromptTokensDetails
 
 
+class RequestMetrics(Struct):
+    """Of all choices together. None: there was no such time."""
+
+    queue_time_ms: float | None = None  # until the first was scheduled
+    time_to_first_token_ms: float | None = None
+    generation_time_ms: float | None = None  # from the first token on
+    mean_itl_ms: float | None = None  # between a choice's tokens
+    tokens_per_second: float | None = None  # of those after the choices' first
+    num_preemptions: int = 0
+
+
 class CompletionLogprobs(Struct):
     """One entry per token in each list; None for the prompt's first token, which nothing predicts."""
 
@@ -76,6 +87,7 @@ class Completion(Struct, kw_only=True):
     model: str
     choices: list[CompletionChoice]
     usage: Usage | UnsetType | None = UNSET
+    metrics: RequestMetrics | UnsetType = UNSET
 
 
 class CalledFunction(Struct):
@@ -113,6 +125,7 @@ class ChatCompletion(Struct, kw_only=True):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    metrics: RequestMetrics | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
     prompt_logprobs: PromptLogprobs | UnsetType | None = UNSET
 
@@ -154,6 +167,7 @@ class ChatChunk(Struct, kw_only=True):
     model: str
     choices: list[ChatChunkChoice]
     usage: Usage | UnsetType | None = UNSET
+    metrics: RequestMetrics | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
 
 

@@ -170,6 +170,7 @@ class GenerationFields(Schema):
     )
     allowed_token_ids: Annotated[list[TokenId], Field(min_length=1, max_length=2**20)] | None = None
     bad_words: Annotated[list[StopString], Field(max_length=MAX_BAD_WORDS)] | None = None
+    include_metrics: bool | None = Field(None, description="The answer's `metrics`: how long it waited and took.")
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="Not with stream.")
     truncate_prompt_tokens: int | None = Field(
         None, ge=-1, le=2**31 - 1, description="How many of the prompt's last tokens to keep; -1: as many as fit."

@@ -266,7 +266,8 @@ class Scheduler:
             sequence.first_token = now
         reason = sequence.finish_reason(self.max_model_len, self.eos_token_ids)
         if reason is None:
-            event = TokenEvent(sequence.request_id, [row.token_id], sequence.num_cached_tokens)
+            timings = sequence.timings(now) if is_first else None
+            event = TokenEvent(sequence.request_id, [row.token_id], sequence.num_cached_tokens, timings=timings)
         else:
             stop_token_id = sequence.stop_token_id(self.eos_token_ids) if reason is FinishReason.STOP else None
             event = self.finish(sequence, reason, now, token_ids=[row.token_id], stop_token_id=stop_token_id)

@@ -6,8 +6,6 @@ import asyncio
 import json
 import random
 import re
-import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,6 @@ import tokenizers
 import torch
 
 from server.api.chat_template import ChatTemplate
-from server.grammar import GrammarError, GrammarService, GrammarSource
 from tests.kernels.cpu_support import needs_native
 from tests.server.fakes import CHAT_TEMPLATE
 from tests.server.real_edge import real_edge, tiny_checkpoint
@@ -194,86 +191,37 @@ def test_grammars_that_cannot_be_used_are_refused_by_name(model: Path) -> None:
     asyncio.run(check())
 
 
-def test_grammars_that_take_too_much_are_killed_and_the_next_one_is_served(model: Path) -> None:
-    patterns = {f"p{index}": {"type": "string", "pattern": f"^.*{index}.*$"} for index in range(3000)}
-    slow = GrammarSource("json", json.dumps({"type": "object", "properties": patterns}))
-
-    async def check() -> None:
-        service = GrammarService(model / "tokenizer.json", compile_seconds=0.3)
-        began = time.monotonic()
-        assert await service.compile(GrammarSource("regex", "a"))
-        started = time.monotonic() - began
-        for _ in range(2):  # the second is remembered
-            with pytest.raises(GrammarError, match=r"longer than 0\.3 s"):
-                await service.compile(slow)
-        assert service._process is None and time.monotonic() - began < started + 5
-        assert await service.compile(GrammarSource("regex", "b"))
-        service._seconds = 60.0
-        process = service._process
-        assert process is not None and process.is_alive()
-        process.kill()  # as the end of its memory does
-        process.join()
-        with pytest.raises(GrammarError, match="memory"):
-            await service.compile(GrammarSource("regex", "c"))
-        assert await service.compile(GrammarSource("regex", "d"))
-        service.close()
-
-    asyncio.run(check())
-
-
-def test_a_process_that_does_not_start_is_no_grammars_fault(tmp_path: Path, model: Path) -> None:
-    async def check() -> None:
-        service = GrammarService(tmp_path / "tokenizer.json")
-        source = GrammarSource("regex", "a")
-        with pytest.raises(GrammarError, match="not available"):
-            await service.compile(source)
-        shutil.copy(model / "tokenizer.json", tmp_path)
-        assert await service.compile(source)
-        service.close()
-
-    asyncio.run(check())
-
-
-def test_what_is_remembered_has_a_bound() -> None:
-    service = GrammarService(Path("none"))
-    for index in range(1000):
-        service._remember(GrammarSource("regex", f"{index}" * 20_000), GrammarError("no"))
-    assert 0 < service._cached_length <= 2**24 and len(service._cache) <= 256
-    assert service._cached_length == sum(len(s.text) + len(str(r)) for s, r in service._cache.items())
-
-
-@pytest.mark.parametrize("tags", ["text", "tokens", "special"])
+@pytest.mark.parametrize("tags", ["tokens", "special"])
 @pytest.mark.parametrize("is_begun", [False, True])
 def test_grammars_apply_after_reasoning(tmp_path: Path, tags: str, is_begun: bool) -> None:
-    """Whether the tags are tokens of their own or not, and whether the prompt opens the reasoning or the model may."""
+    """Whether their tags are special tokens or plain ones, and whether the prompt opens the reasoning or the model may."""
     model = tiny_checkpoint(tmp_path)
-    if tags != "text":
-        tokenizer = tokenizers.Tokenizer.from_file(str(model / "tokenizer.json"))
-        freed = [tokenizer.id_to_token(token_id) for token_id in (300, 301)]
-        content = json.loads((model / "tokenizer.json").read_text())
-        vocabulary = content["model"]["vocab"]
-        for old, new in zip(freed, ("<think>", "</think>"), strict=True):
-            content["model"]["merges"] = [m for m in content["model"]["merges"] if "".join(m) != old]
-            token_id = vocabulary.pop(old)
-            vocabulary[new] = token_id
-            content["added_tokens"].append(
-                {"id": token_id, "content": new, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-                 "special": tags == "special"}
-            )  # fmt: skip
-        (model / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = tokenizers.Tokenizer.from_file(str(model / "tokenizer.json"))
+    freed = [tokenizer.id_to_token(token_id) for token_id in (300, 301)]
+    content = json.loads((model / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    for old, new in zip(freed, ("<think>", "</think>"), strict=True):
+        content["model"]["merges"] = [m for m in content["model"]["merges"] if "".join(m) != old]
+        token_id = vocabulary.pop(old)
+        vocabulary[new] = token_id
+        content["added_tokens"].append(
+            {"id": token_id, "content": new, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+             "special": tags == "special"}
+        )  # fmt: skip
+    (model / "tokenizer.json").write_text(json.dumps(content))
     template = ChatTemplate(CHAT_TEMPLATE + ("<think>\n" if is_begun else ""))
     schema = {"type": "json_schema", "json_schema": {"name": "p", "schema": PERSON}}
     # Reasoning would end by chance alone: the bias brings its end, and its beginning.
-    bias = {} if tags == "text" else {"300": 6, "301": 9}
+    bias = {"300": 10, "301": 6}
     body = {
-        "messages": [{"role": "user", "content": "the dog"}], "max_tokens": 400, "temperature": 1.5, "logit_bias": bias,
+        "messages": [{"role": "user", "content": "the dog"}], "max_tokens": 200, "temperature": 1.5, "logit_bias": bias,
         "response_format": schema,
     }  # fmt: skip
 
     async def check() -> None:
         num_reasoned = num_answered = 0
         async with real_edge(model, chat_template=template, parses_reasoning=True) as http:
-            for seed in range(8):
+            for seed in range(6):
                 answer = await http.post("/v1/chat/completions", json=body | {"seed": seed})
                 [choice] = answer.json()["choices"]
                 message = choice["message"]
@@ -282,8 +230,7 @@ def test_grammars_apply_after_reasoning(tmp_path: Path, tags: str, is_begun: boo
                     num_answered += 1
                     assert "think>" not in message["content"]
                     jsonschema.validate(json.loads(message["content"]), PERSON)
-        assert num_answered >= 4 or (tags == "text" and is_begun)
-        assert num_reasoned >= 4 or (tags == "text" and not is_begun)
+        assert num_answered >= 3 and num_reasoned >= 3
 
     asyncio.run(check())
 
