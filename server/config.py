@@ -27,6 +27,8 @@ class EngineConfig:
     lm_head_dtype: str = "auto"  # of an unquantized lm_head on the CPU: "auto" (int8), "int8", "int4" or "fp16"
     kv_cache_memory_bytes: int | None = None
     memory_utilization: float = 0.9  # share of the memory limit that weights, KV cache and workspace may take together
+    scheduling_policy: str = "fcfs"  # "fcfs" or "priority"
+    priority_aging_seconds: float = 10.0  # of waiting, that count as one level of priority
     seed: int | None = None  # of requests that bring none; None: entropy
 
 

@@ -206,6 +206,10 @@ GROUPS: dict[str, tuple[Option, ...]] = {
                "--memory-utilization leaves)", "BYTES"),
         Option("memory-utilization", "memory_utilization", _number(0.01, 1), "share of the memory limit for weights, KV "
                "cache and workspace together", "SHARE", aliases=("gpu-memory-utilization",)),
+        Option("scheduling-policy", "scheduling_policy", _choice("fcfs", "priority"), "who is served first: who came first, or "
+               "whose `priority` is lower", "fcfs|priority"),
+        Option("priority-aging-seconds", "priority_aging_seconds", _number(0.001, 86400), "seconds of waiting that are worth "
+               "one level of priority", "SECONDS"),
         Option("seed", "seed", _integer(0), "makes requests without a seed repeatable", "N"),
     ),
 }  # fmt: skip

@@ -199,6 +199,7 @@ def _context(
         chat_template=files.chat_template,
         grammars=files.grammars,
         tool_format=_tool_format(config, files.chat_template),
+        has_priorities=config.engine.scheduling_policy == "priority",
         parses_reasoning=_parses_reasoning(config, files.chat_template),
     )
 

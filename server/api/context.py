@@ -41,6 +41,7 @@ class ApiContext:
     chat_template: ChatTemplate | None = None
     grammars: GrammarService | None = None
     tool_format: ToolFormat | None = None  # how the model writes tool calls
+    has_priorities: bool = False  # whether the engine orders requests by them
     parses_reasoning: bool = False  # whether the model may begin with reasoning in <think> tags
 
     @property

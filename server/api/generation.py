@@ -133,6 +133,7 @@ class Generation:
                 arrival,
                 group_id=f"{self.id}-{prompt_index}" if self.job.num_choices > 1 else "",
                 cache_key=self.job.cache_key,
+                priority=self.job.priority,
             )
             self._engine.submit(request, self._mailbox)
 

@@ -54,6 +54,7 @@ class GenerationJob:
     stream: bool
     include_usage: bool
     continuous_usage: bool
+    priority: int
     return_token_ids: bool
     include_metrics: bool
     echo: bool = False
@@ -251,6 +252,10 @@ async def _job(
     num_prompt_logprobs: int | None = None,
     grammar: str | None = None,
 ) -> GenerationJob:
+    if body.priority and not context.has_priorities:
+        raise RequestError(
+            "priority: this server serves who comes first; it needs --scheduling-policy priority", param="priority"
+        )
     stream = bool(body.stream)
     if body.stream_options is not None and not stream:
         raise RequestError("stream_options: only allowed when stream is true", param="stream_options")
@@ -278,6 +283,7 @@ async def _job(
         stream=stream,
         include_usage=options is not None and bool(options.include_usage or options.continuous_usage_stats),
         continuous_usage=options is not None and bool(options.continuous_usage_stats),
+        priority=body.priority or 0,
         return_token_ids=bool(body.return_token_ids),
         include_metrics=bool(body.include_metrics),
         num_prompt_logprobs=body.prompt_logprobs,

@@ -180,7 +180,9 @@ class GenerationFields(Schema):
     length_penalty: OnlyOne = None
     use_beam_search: OnlyFalse = None
     spaces_between_special_tokens: OnlyTrue = None
-    priority: OnlyZero = None
+    priority: int | None = Field(
+        None, ge=-1000, le=1000, description="The lower goes first. Needs --scheduling-policy priority, unless 0."
+    )
 
 
 class CompletionRequest(GenerationFields):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kernels.backend import ForwardBatch
-from server.engine.scheduler import ScheduledBatch
+from server.engine.step import ScheduledBatch
 
 
 def fill_forward_batch(forward: ForwardBatch, scheduled: ScheduledBatch, block_size: int) -> None:

@@ -14,8 +14,9 @@ from server.engine.block_manager import BlockManager
 from server.engine.kv_cache import DEFAULT_POOL_SHARE, GPU_POOL_SHARE, plan_kv_cache
 from server.engine.matcher import GrammarFactory, GrammarQueue
 from server.engine.runner import Runner
-from server.engine.scheduler import ScheduledBatch, Scheduler, StepBudget
+from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence
+from server.engine.step import ScheduledBatch, StepBudget
 from server.memory import MemoryLimit, memory_limit
 from server.model_config import ModelConfig, ModelError, load_model_config
 from server.models.loader import load_decoder
@@ -198,7 +199,8 @@ def build_engine(config: EngineConfig, epoch: int = 0) -> Engine:
         )
         logger.info("%s", notes[-1])
     block_manager = BlockManager(plan.num_blocks, config.block_size, config.enable_prefix_caching)
-    scheduler = Scheduler(block_manager, config.max_num_seqs, budget, plan.max_model_len, eos_token_ids)
+    aging = config.priority_aging_seconds if config.scheduling_policy == "priority" else None
+    scheduler = Scheduler(block_manager, config.max_num_seqs, budget, plan.max_model_len, eos_token_ids, aging)
     info = EngineInfo(epoch, plan.max_model_len, plan.num_blocks, config.block_size, backend.name, notes)
     grammars = GrammarQueue(GrammarFactory(model_dir / "tokenizer.json", model.vocab_size, eos_token_ids))
     return Engine(scheduler, runner, info, config.seed, grammars)

@@ -12,7 +12,8 @@ from kernels.backend import Backend, KVCacheSpec, SampledRows
 from server.engine.batch import fill_forward_batch
 from server.engine.logits import Scores
 from server.engine.sampler import Sampler
-from server.engine.scheduler import SampledToken, ScheduledBatch
+from server.engine.scheduler import SampledToken
+from server.engine.step import ScheduledBatch
 from server.models.decoder import Decoder
 
 WARM_UP_TOKENS = 64

@@ -38,6 +38,7 @@ class Sequence:
     rules: LogitRules | None = None  # made by the sampler where the request has any
     matcher: GrammarMatcher | None = None
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # of prompt tokens 1 on, as far as computed
+    rank: tuple[float, int] = (0.0, 0)  # the scheduler's: the lesser goes first
     has_rules: bool = field(init=False)
 
     def __post_init__(self) -> None:

@@ -60,6 +60,7 @@ def test_every_option_comes_from_every_source(option, tmp_path: Path) -> None:  
         "lm-head-dtype": "fp16",
         "kv-cache-dtype": "int8",
         "tool-call-parser": "mistral",
+        "scheduling-policy": "priority",
         "reasoning-parser": "think",
     }
     text = samples.get(option.name, "true" if option.is_flag else "16")
