@@ -10,12 +10,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from server.api.answer import AnswerReader
+from server.api.body import read_body
 from server.api.call_scanner import CallArguments, CallStart
 from server.api.context import ApiContext
 from server.api.errors import RequestError, error_body
 from server.api.generation import Choice, Delta, Generation
 from server.api.logprobs import chat_logprobs, prompt_logprobs
-from server.api.parse import parse_chat, read_body
+from server.api.parse import parse_chat
 from server.api.responses import (
     SSE_DONE,
     AssistantMessage,

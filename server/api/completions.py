@@ -8,11 +8,12 @@ from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
+from server.api.body import read_body
 from server.api.context import ApiContext
 from server.api.errors import RequestError, error_body
 from server.api.generation import Delta, Generation
 from server.api.logprobs import CompletionLogprobsWriter, prompt_logprobs
-from server.api.parse import parse_completion, read_body
+from server.api.parse import parse_completion
 from server.api.responses import SSE_DONE, Completion, CompletionChoice, Usage, json_response, sse_event
 from server.api.schemas import CompletionRequest
 from server.api.sse import EventStream, unless_disconnected

@@ -12,13 +12,14 @@ from starlette.responses import Response
 
 from server.api.answer import AnswerReader
 from server.api.blocks import Block, BlockChange, Blocks
+from server.api.body import read_body
 from server.api.chat_options import tool_choice
 from server.api.chat_prompt import render_prompt
 from server.api.context import ApiContext
 from server.api.errors import RequestError, from_validation_error, unavailable
 from server.api.generation import Generation
 from server.api.messages_schemas import CountTokensRequest, MessagesRequest, chat_fields
-from server.api.parse import parse_chat, read_body
+from server.api.parse import parse_chat
 from server.api.responses import json_response, sse_event
 from server.api.schemas import ChatRequest
 from server.api.sse import EventStream, unless_disconnected

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TypeVar
-
-from pydantic import ValidationError
-from starlette.requests import ClientDisconnect, Request
 
 from server.api.answer import PLAIN_ANSWER, AnswerOptions
 from server.api.chat_options import (
@@ -19,15 +15,12 @@ from server.api.chat_options import (
 )
 from server.api.chat_prompt import render_prompt
 from server.api.context import ApiContext
-from server.api.errors import RequestError, from_validation_error
-from server.api.schemas import ChatRequest, CompletionRequest, GenerationFields, Schema
-from server.api.sse import ClientGone
+from server.api.errors import RequestError
+from server.api.schemas import ChatRequest, CompletionRequest, GenerationFields
 from server.types import SamplingParams
 
 MAX_CHOICES_PER_REQUEST = 2048
 MIN_TEMPERATURE = 0.01  # of those above 0: dividing logits by less overflows and says no more than greedy does
-
-_Schema = TypeVar("_Schema", bound=Schema)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,35 +60,6 @@ class GenerationJob:
             seed = (seed + choice) % 2**63
         # The engine always samples; where nothing is to be generated, its one token is dropped.
         return replace(self.sampling, max_tokens=max(prompt.max_tokens, 1), seed=seed)
-
-
-async def read_body(request: Request, schema: type[_Schema], max_bytes: int) -> _Schema:
-    """The body as `schema`. Raises RequestError: 415, 413, or 400 naming the fields that are wrong."""
-    content_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    if content_type != "application/json" and not (
-        content_type.startswith("application/") and content_type.endswith("+json")
-    ):
-        raise RequestError(
-            f"Content-Type must be application/json (got {content_type or 'none'})",
-            status=415,
-            code="unsupported_media_type",
-        )
-    declared = request.headers.get("content-length", "")
-    too_large = RequestError(f"the request body is larger than {max_bytes} bytes", status=413, code="request_too_large")
-    if declared.isdecimal() and int(declared) > max_bytes:
-        raise too_large
-    body = bytearray()
-    try:
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > max_bytes:
-                raise too_large
-    except ClientDisconnect:
-        raise ClientGone from None
-    try:
-        return schema.model_validate_json(bytes(body))
-    except ValidationError as error:
-        raise from_validation_error(error) from None
 
 
 async def parse_completion(body: CompletionRequest, context: ApiContext) -> GenerationJob:

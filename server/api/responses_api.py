@@ -12,10 +12,11 @@ from starlette.responses import Response
 
 from server.api.answer import AnswerReader
 from server.api.blocks import Block, BlockChange, Blocks
+from server.api.body import read_body
 from server.api.context import ApiContext
 from server.api.errors import RequestError, from_validation_error
 from server.api.generation import Generation
-from server.api.parse import parse_chat, read_body
+from server.api.parse import parse_chat
 from server.api.responses import json_response, sse_event
 from server.api.responses_schemas import ResponsesRequest, chat_fields
 from server.api.schemas import ChatRequest

@@ -61,7 +61,7 @@ class GrammarFactory:
         self._cache: OrderedDict[str, llguidance.LLMatcher] = OrderedDict()
 
     def start(self, grammar: str) -> Future[GrammarMatcher]:
-        """The future's ValueError is for a grammar that is not one: `server.grammar` has made sure that it is."""
+        """The future's exception is for a grammar that is not one: `server.grammar` has made sure that it is."""
         return self._thread.submit(self._start, grammar)
 
     def close(self) -> None:
@@ -113,8 +113,6 @@ class GrammarQueue:
             error = future.exception()
             if error is None:
                 sequence.matcher = future.result()
-            elif not isinstance(error, ValueError):
-                raise error
             ready.append((sequence, None if error is None else str(error)))
         return ready
 

@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 
 from server.api.chat_template import ChatTemplate
@@ -169,5 +170,30 @@ def test_tool_results_that_are_errors_say_so_and_unoffered_tools_are_not_counted
                 )
                 counts.append(answer.json()["input_tokens"])
             assert counts[0] > counts[1] == len(byte_level_tokenizer().encode("The dog"))
+
+    asyncio.run(check())
+
+
+def test_answers_are_those_of_the_document(model: Path) -> None:
+    everything = {"max_tokens": 4, "ignore_eos": True, "return_token_ids": True, "include_metrics": True, "n": 2}
+    usage = {"include_usage": True}
+    chat = {"messages": [{"role": "user", "content": "a"}], "logprobs": True, "top_logprobs": 1} | everything
+    text = {"prompt": "the", "echo": True, "logprobs": 1} | everything
+
+    async def check() -> None:
+        async with real_edge(model, chat_template=ChatTemplate(CHAT_TEMPLATE)) as http:
+            document = (await http.get("/openapi.json")).json()
+            for path, body in (("/v1/completions", text), ("/v1/chat/completions", chat)):
+                content = document["paths"][path]["post"]["responses"]["200"]["content"]
+                whole, events = (
+                    jsonschema.Draft202012Validator({**content[kind]["schema"], "components": document["components"]})
+                    for kind in ("application/json", "text/event-stream")
+                )
+                answer = (await http.post(path, json=body | {"prompt_logprobs": 1})).json()
+                whole.validate(answer)
+                assert not whole.is_valid(answer | {"choices": [{"index": "x"}]})
+                streamed = await http.post(path, json=body | {"stream": True, "stream_options": usage})
+                for event in sse_events(streamed.text):
+                    events.validate(event)
 
     asyncio.run(check())
