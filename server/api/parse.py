@@ -107,7 +107,8 @@ async def parse_chat(body: ChatRequest, context: ApiContext) -> GenerationJob:
         raise RequestError("top_logprobs: only allowed when logprobs is true", param="top_logprobs")
     choice = tool_choice(body, context)
     text = render_prompt(body, context, choice.offered)
-    _refuse_longer_text([text], context, "messages")
+    if body.truncate_prompt_tokens is None:
+        _refuse_longer_text([text], context, "messages")
     [ids] = await context.tokenizer.encode_all([text], add_special_tokens=False)
     if not ids:
         raise RequestError("messages: the chat template makes an empty prompt of them", param="messages")
@@ -142,7 +143,8 @@ async def _tokenize_prompts(body: CompletionRequest, context: ApiContext) -> tup
     """The prompts' token ids, and their texts where they came as text."""
     texts, id_lists = _split_prompt(body.prompt)
     if texts is not None:
-        _refuse_longer_text(texts, context, "prompt")
+        if body.truncate_prompt_tokens is None:
+            _refuse_longer_text(texts, context, "prompt")
         id_lists = await context.tokenizer.encode_all(texts, body.add_special_tokens is not False)
         if not all(id_lists):
             raise RequestError("prompt: must not be empty: this model adds no token of its own", param="prompt")

@@ -148,6 +148,13 @@ def test_choices_and_tokens_have_bounds() -> None:
             body = {"prompt": [5] * 600, "truncate_prompt_tokens": -1, "max_tokens": 10**6, "return_token_ids": True}
             [choice] = (await edge.http.post("/v1/completions", json=body)).json()["choices"]
             assert len(choice["prompt_token_ids"]) == 511 and len(choice["token_ids"]) == 1
+            # Text far longer than the context is cut as well, not refused unread.
+            body |= {"prompt": "The lazy dog. " * 4000, "truncate_prompt_tokens": 9, "max_tokens": 1}
+            [choice] = (await edge.http.post("/v1/completions", json=body)).json()["choices"]
+            tokens = await edge.context.tokenizer.encode_all([body["prompt"]], add_special_tokens=True)
+            assert choice["prompt_token_ids"] == tokens[0][-9:]
+            del body["truncate_prompt_tokens"]
+            assert (await edge.http.post("/v1/completions", json=body)).status_code == 400
 
     asyncio.run(check())
 
