@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+TOOL_CALL_PARSERS = ("hermes", "llama3", "mistral")
+
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
@@ -25,6 +27,8 @@ class EngineConfig:
     lm_head_dtype: str = "auto"  # of an unquantized lm_head on the CPU: "auto" (int8), "int8", "int4" or "fp16"
     kv_cache_memory_bytes: int | None = None
     memory_utilization: float = 0.9  # share of the memory limit that weights, KV cache and workspace may take together
+    scheduling_policy: str = "fcfs"  # "fcfs" or "priority"
+    priority_aging_seconds: float = 10.0  # of waiting, that count as one level of priority
     seed: int | None = None  # of requests that bring none; None: entropy
 
 
@@ -42,5 +46,7 @@ class ServerConfig:
     revision: str | None = None  # of a model that is a Hugging Face id
     generation_config: str = "auto"  # where sampling defaults come from: auto (the model's folder), none, or a folder
     chat_template: str | None = None  # a file that replaces the checkpoint's
+    tool_call_parser: str = "auto"  # how the model writes tool calls; auto: by its chat template
+    reasoning_parser: str = "auto"  # "think", "none", or auto: by the chat template
     drain_timeout: float = 5.0  # seconds that running requests get once the server is told to stop
     max_request_bytes: int = 16 * 2**20

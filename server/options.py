@@ -12,7 +12,7 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from server.config import EngineConfig, ServerConfig
+from server.config import TOOL_CALL_PARSERS, EngineConfig, ServerConfig
 
 ENVIRONMENT_PREFIX = "AWQSERVE_"
 
@@ -154,6 +154,20 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         Option("served-model-name", "served_model_names", _text, "names that requests may use; the first one is what "
                "responses say (default: the folder's name, or the id)", "NAME", is_list=True),
         Option("chat-template", "chat_template", _text, "jinja file to use instead of the checkpoint's", "FILE"),
+        Option(
+            "tool-call-parser",
+            "tool_call_parser",
+            _choice("auto", "none", *TOOL_CALL_PARSERS),
+            "how the model writes tool calls; auto: by its chat template",
+            "NAME",
+        ),
+        Option(
+            "reasoning-parser",
+            "reasoning_parser",
+            _choice("auto", "none", "think"),
+            "whether <think> parts of answers are reasoning; auto: by the chat template",
+            "NAME",
+        ),
         Option("generation-config", "generation_config", _text, "where sampling defaults come from: auto (the model's "
                "generation_config.json), none, or a folder that holds one", "auto|none|FOLDER"),
         Option("max-request-bytes", "max_request_bytes", _size, "largest request body", "BYTES"),
@@ -192,6 +206,10 @@ GROUPS: dict[str, tuple[Option, ...]] = {
                "--memory-utilization leaves)", "BYTES"),
         Option("memory-utilization", "memory_utilization", _number(0.01, 1), "share of the memory limit for weights, KV "
                "cache and workspace together", "SHARE", aliases=("gpu-memory-utilization",)),
+        Option("scheduling-policy", "scheduling_policy", _choice("fcfs", "priority"), "who is served first: who came first, or "
+               "whose `priority` is lower", "fcfs|priority"),
+        Option("priority-aging-seconds", "priority_aging_seconds", _number(0.001, 86400), "seconds of waiting that are worth "
+               "one level of priority", "SECONDS"),
         Option("seed", "seed", _integer(0), "makes requests without a seed repeatable", "N"),
     ),
 }  # fmt: skip

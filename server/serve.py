@@ -21,8 +21,10 @@ from prometheus_client import CollectorRegistry, ProcessCollector
 from server.api.app import create_app
 from server.api.chat_template import ChatTemplate, load_chat_template
 from server.api.context import ApiContext, SamplingDefaults
+from server.api.tools import TOOL_FORMATS, ToolFormat, detect_format
 from server.config import ServerConfig
 from server.engine.client import EngineClient, EngineUnavailable
+from server.grammar import THINK_END, GrammarService
 from server.metrics import MetricsRecorder
 from server.model_files import ensure_tokenizer_file, load_sampling_defaults
 from server.text import Tokenizer
@@ -81,6 +83,7 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 async def _serve(config: ServerConfig, client: EngineClient, listener: socket.socket, vocab_size: int) -> None:
     stop = _Stop()
     begin = time.monotonic()
+    files: _Files | None = None
     starting = asyncio.ensure_future(client.start())
     try:
         files = _read_files(config)  # while the engine loads
@@ -107,6 +110,8 @@ async def _serve(config: ServerConfig, client: EngineClient, listener: socket.so
     finally:
         starting.cancel()
         await client.stop()
+        if files is not None:
+            files.grammars.close()
 
 
 def _http_config(config: ServerConfig, app: FastAPI) -> uvicorn.Config:
@@ -154,16 +159,19 @@ class _Files:
     tokenizer: Tokenizer
     chat_template: ChatTemplate | None
     defaults: SamplingDefaults
+    grammars: GrammarService
 
 
 def _read_files(config: ServerConfig) -> _Files:
     """Raises ValueError naming the file at fault."""
     directory = Path(config.engine.model)
     override = None if config.chat_template is None else Path(config.chat_template)
+    tokenizer_file = ensure_tokenizer_file(directory)
     return _Files(
-        Tokenizer.from_file(ensure_tokenizer_file(directory)),
+        Tokenizer.from_file(tokenizer_file),
         load_chat_template(directory, override),
         load_sampling_defaults(directory, config.generation_config),
+        GrammarService(tokenizer_file),
     )
 
 
@@ -189,7 +197,23 @@ def _context(
         version=version,
         defaults=files.defaults,
         chat_template=files.chat_template,
+        grammars=files.grammars,
+        tool_format=_tool_format(config, files.chat_template),
+        has_priorities=config.engine.scheduling_policy == "priority",
+        parses_reasoning=_parses_reasoning(config, files.chat_template),
     )
+
+
+def _tool_format(config: ServerConfig, template: ChatTemplate | None) -> ToolFormat | None:
+    if config.tool_call_parser == "auto":
+        return None if template is None else detect_format(template.source)
+    return TOOL_FORMATS.get(config.tool_call_parser)
+
+
+def _parses_reasoning(config: ServerConfig, template: ChatTemplate | None) -> bool:
+    if config.reasoning_parser == "auto":
+        return template is not None and THINK_END in template.source
+    return config.reasoning_parser == "think"
 
 
 def _ready_line(config: ServerConfig, listener: socket.socket, info: EngineInfo) -> str:

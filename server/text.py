@@ -25,6 +25,16 @@ _MIN_CONTEXT = 4
 _MAX_CONTEXT = 24
 
 
+def _byte_alphabet() -> dict[str, int]:
+    """The characters that byte-level BPE writes for bytes: printable ones of Latin-1 as they are, the others from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [value for value in range(256) if value not in printable]
+    return {chr(value): value for value in printable} | {chr(256 + index): value for index, value in enumerate(others)}
+
+
+_BYTE_OF_CHARACTER = _byte_alphabet()
+
+
 class Tokenizer:
     """A checkpoint's `tokenizer.json`."""
 
@@ -71,6 +81,34 @@ class Tokenizer:
         """Tokens that a decoding with skip_special_tokens passes over."""
         added = self._tokenizer.get_added_tokens_decoder()
         return frozenset(token_id for token_id, token in added.items() if token.special)
+
+    def is_special(self, token: str) -> bool:
+        return self._tokenizer.token_to_id(token) in self.special_token_ids
+
+    @cached_property
+    def _is_byte_level(self) -> bool:
+        """Whether token strings spell bytes with the characters of byte-level BPE."""
+        decoder = self._tokenizer.decoder
+        return decoder is not None and b"ByteLevel" in decoder.__getstate__()
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token stands for by itself: part of a character, maybe. Empty for ids that the tokenizer lacks."""
+        token = self._tokenizer.id_to_token(token_id)
+        if token is None:
+            return b""
+        if token_id in self._added_token_ids:
+            return token.encode()
+        if self._is_byte_level:
+            return b"".join(
+                bytes((_BYTE_OF_CHARACTER[char],)) if char in _BYTE_OF_CHARACTER else char.encode() for char in token
+            )
+        if token_id in self.byte_token_ids:
+            return bytes((int(token[3:5], 16),))
+        return token.replace("\u2581", " ").encode()
+
+    @cached_property
+    def _added_token_ids(self) -> frozenset[int]:
+        return frozenset(self._tokenizer.get_added_tokens_decoder())
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids

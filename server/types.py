@@ -47,6 +47,37 @@ class SamplingParams:
     seed: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit)
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()  # as token ids
+    num_logprobs: int | None = None  # of the most likely tokens told with each output token; None: no log probabilities
+    num_prompt_logprobs: int | None = None  # the same for the prompt's tokens
+    grammar: str | None = None  # what `server.grammar` made of the request's: the output, max_tokens aside, follows it
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether anything but sampling itself and `min_tokens` stands between the model's logits and the choice."""
+        return bool(
+            self.presence_penalty
+            or self.frequency_penalty
+            or self.repetition_penalty != 1.0
+            or self.logit_bias
+            or self.allowed_token_ids is not None
+            or self.bad_words
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """How likely the model found one token: natural logarithms of its probabilities, before any rule or temperature."""
+
+    logprob: float
+    rank: int  # 1: no token is likelier
+    top_token_ids: list[int]  # the likeliest, best first
+    top_logprobs: list[float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +127,12 @@ class RequestTimings:
 class TokenEvent:
     """What one step did for one request: usually one token, none for a bare end, more where drafts were accepted.
 
-    `finish_reason` is set exactly once, on the request's last event, together with `timings`. `stop_token_id` is the token that
+    `finish_reason` is set exactly once, on the request's last event. `timings` come with that and with the first token, whose
+    `finished` is the time of that event. `stop_token_id` is the token that
     ended it (the end-of-sequence token included); that token is the last of `token_ids`. `num_cached_tokens` (prompt tokens found
-    in the prefix cache) is right from the first event on.
+    in the prefix cache) is right from the first event on. `logprobs` has one entry per token where the request asks for them.
+    `prompt_logprobs` comes with the first token and has one entry per prompt token but the first, which nothing predicts.
+    With `is_request_fault`, `error` is something that the request brought about.
     """
 
     request_id: str
@@ -108,6 +142,9 @@ class TokenEvent:
     stop_token_id: int | None = None
     error: str | None = None
     timings: RequestTimings | None = None
+    logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob] | None = None
+    is_request_fault: bool = False
 
 
 @dataclass(frozen=True, slots=True)

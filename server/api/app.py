@@ -5,30 +5,69 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import msgspec
 from fastapi import FastAPI, Request
 from fastapi.openapi.utils import get_openapi
+from msgspec import Struct
 from pydantic.json_schema import models_json_schema
 from starlette.responses import Response
+from starlette.types import ASGIApp
 
-from server.api import chat, completions, ops
+from server.api import chat, completions, messages, ops, responses_api, tokenize
 from server.api.context import ApiContext
 from server.api.errors import HANDLERS
-from server.api.schemas import ChatRequest, CompletionRequest, Schema
+from server.api.messages_schemas import CountTokensRequest, MessagesRequest
+from server.api.request_id import RequestIds
+from server.api.responses import ChatChunk, ChatCompletion, Completion
+from server.api.responses_schemas import ResponsesRequest
+from server.api.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, Schema, TokenizeRequest
 from server.api.sse import ClientGone
+
+_BODIES: tuple[type[Schema], ...] = (
+    CompletionRequest,
+    ChatRequest,
+    ResponsesRequest,
+    MessagesRequest,
+    CountTokensRequest,
+    TokenizeRequest,
+    DetokenizeRequest,
+)
+
+_ANSWERS: tuple[type[Struct], ...] = (Completion, ChatCompletion, ChatChunk)
+
+_REFERENCE = "#/components/schemas/{name}"
+_ANSWER_PREFIX = "answer."  # bodies and answers have parts of the same name
+_ANSWER_REFERENCE = "#/components/schemas/" + _ANSWER_PREFIX + "{name}"
+
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {
+        "description": description,
+        "content": {"application/json": {"schema": {"type": "object", "required": ["error"]}}},
+    }
+    for status, description in (
+        ("4XX", "The request cannot be served as it is; the message names the field."),
+        ("5XX", "The engine is loading, draining or down, or has failed."),
+    )
+}
 
 _Handler = Callable[[Request, ApiContext], Awaitable[Response]]
 
 _CLIENT_CLOSED_REQUEST = 499  # nginx's number; the client is not there to read it
 
 
+class _App(FastAPI):
+    def build_middleware_stack(self) -> ASGIApp:
+        return RequestIds(super().build_middleware_stack())
+
+
 def create_app(context: ApiContext) -> FastAPI:
     # No /docs pages: they load their scripts from outside.
-    app = FastAPI(
-        title="awq-serve", version=context.version, docs_url=None, redoc_url=None, exception_handlers=HANDLERS
-    )
+    app = _App(title="awq-serve", version=context.version, docs_url=None, redoc_url=None, exception_handlers=HANDLERS)
     app.state.context = context
 
-    def route(method: str, path: str, handler: _Handler, schema: type[Schema] | None = None) -> None:
+    def route(
+        method: str, path: str, handler: _Handler, schema: type[Schema] | None = None, *answers: type[Struct]
+    ) -> None:
         async def endpoint(request: Request) -> Response:
             try:
                 return await handler(request, context)
@@ -43,11 +82,17 @@ def create_app(context: ApiContext) -> FastAPI:
             name=handler.__name__,
             description=handler.__doc__ or "",
             openapi_extra=extra,
+            responses=_responses(answers),
             response_model=None,
         )
 
-    route("POST", "/v1/completions", completions.create_completion, CompletionRequest)
-    route("POST", "/v1/chat/completions", chat.create_chat_completion, ChatRequest)
+    route("POST", "/v1/completions", completions.create_completion, CompletionRequest, Completion, Completion)
+    route("POST", "/v1/chat/completions", chat.create_chat_completion, ChatRequest, ChatCompletion, ChatChunk)
+    route("POST", "/v1/responses", responses_api.create_response, ResponsesRequest)
+    route("POST", "/v1/messages", messages.create_message, MessagesRequest)
+    route("POST", "/v1/messages/count_tokens", messages.count_tokens, CountTokensRequest)
+    route("POST", "/tokenize", tokenize.tokenize, TokenizeRequest)
+    route("POST", "/detokenize", tokenize.detokenize, DetokenizeRequest)
     route("GET", "/v1/models", ops.list_models)
     route("GET", "/v1/models/{model:path}", ops.get_model)
     route("GET", "/live", ops.live)
@@ -59,19 +104,31 @@ def create_app(context: ApiContext) -> FastAPI:
     return app
 
 
+def _responses(answers: tuple[type[Struct], ...]) -> dict[int | str, dict[str, Any]]:
+    """Of the errors, and of what is answered: whole, and as the events of a stream where there are two."""
+    content = {
+        kind: {"schema": {"$ref": _ANSWER_REFERENCE.format(name=answer.__name__)}}
+        for kind, answer in zip(("application/json", "text/event-stream"), answers, strict=False)
+    }
+    return _ERRORS | ({200: {"description": "The answer.", "content": content}} if content else {})
+
+
 def _request_body(schema: type[Schema]) -> dict[str, Any]:
-    reference = {"$ref": f"#/components/schemas/{schema.__name__}"}
+    reference = {"$ref": _REFERENCE.format(name=schema.__name__)}
     return {"required": True, "content": {"application/json": {"schema": reference}}}
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:
-    """The document that FastAPI makes of the routes, with the request schemas, which the handlers read themselves."""
+    """The document that FastAPI makes of the routes, with the schemas of what the handlers read and write themselves."""
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, routes=app.routes)
         _, definitions = models_json_schema(
-            [(CompletionRequest, "validation"), (ChatRequest, "validation")],
-            ref_template="#/components/schemas/{model}",
+            [(schema, "validation") for schema in _BODIES],
+            ref_template=_REFERENCE.format(name="{model}"),
         )
-        document.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])
+        _, answers = msgspec.json.schema_components(_ANSWERS, ref_template=_ANSWER_REFERENCE)
+        schemas = document.setdefault("components", {}).setdefault("schemas", {})
+        schemas.update(definitions["$defs"])
+        schemas.update({_ANSWER_PREFIX + name: answer for name, answer in answers.items()})
         app.openapi_schema = document
     return app.openapi_schema

@@ -58,6 +58,8 @@ class ChatTemplate:
         environment.globals["strftime_now"] = lambda form: now().strftime(form)
         self._special_tokens = dict(special_tokens or {})
         self._knows_developer = "developer" in source
+        self.source = source
+        self.knows_tools = "tools" in source
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:

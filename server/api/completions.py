@@ -8,13 +8,16 @@ from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
+from server.api.body import read_body
 from server.api.context import ApiContext
 from server.api.errors import RequestError, error_body
-from server.api.generation import Choice, Delta, Generation
-from server.api.parse import parse_completion, read_body
+from server.api.generation import Delta, Generation
+from server.api.logprobs import CompletionLogprobsWriter, prompt_logprobs
+from server.api.parse import parse_completion
 from server.api.responses import SSE_DONE, Completion, CompletionChoice, Usage, json_response, sse_event
 from server.api.schemas import CompletionRequest
 from server.api.sse import EventStream, unless_disconnected
+from server.types import TokenLogprob
 
 
 async def create_completion(request: Request, context: ApiContext) -> Response:
@@ -32,56 +35,79 @@ async def create_completion(request: Request, context: ApiContext) -> Response:
 
 
 async def _whole(generation: Generation) -> Completion:
-    texts: dict[int, list[str]] = {choice.index: [choice.prompt.echo_text] for choice in generation.choices}
-    token_ids: dict[int, list[int]] = {choice.index: [] for choice in generation.choices}
+    writer = _ChoiceWriter(generation)
+    gathered = {choice.index: Delta(choice, "", []) for choice in generation.choices}
     async for deltas in generation.deltas():
         for delta in deltas:
-            texts[delta.choice.index].append(delta.text)
-            token_ids[delta.choice.index] += delta.token_ids
-    choices = [
-        _choice(generation, choice, "".join(texts[choice.index]), token_ids[choice.index], is_first=True)
-        for choice in generation.choices
-    ]
-    return _completion(generation, choices, generation.usage())
+            whole = gathered[delta.choice.index]
+            whole.text += delta.text
+            whole.token_ids += delta.token_ids
+            whole.logprobs += delta.logprobs
+    whole_answer = _completion(generation, [writer.write(delta) for delta in gathered.values()], generation.usage())
+    if generation.job.include_metrics:
+        whole_answer.metrics = generation.metrics()
+    return whole_answer
 
 
 async def _events(generation: Generation) -> AsyncIterator[bytes]:
     job = generation.job
-    begun: set[int] = set()  # choices that have sent a chunk
+    writer = _ChoiceWriter(generation)
     no_usage = None if job.include_usage else UNSET
     try:
         async for deltas in generation.deltas():
             chunks = []
             for delta in deltas:
-                chunk_choice = _chunk_choice(generation, delta, is_first=delta.choice.index not in begun)
-                begun.add(delta.choice.index)
                 usage = generation.usage() if job.continuous_usage else no_usage
-                chunks.append(sse_event(_completion(generation, [chunk_choice], usage)))
+                chunks.append(sse_event(_completion(generation, [writer.write(delta)], usage)))
             yield b"".join(chunks)
-        if job.include_usage:
-            yield sse_event(_completion(generation, [], generation.usage()))
+        if job.include_usage or job.include_metrics:
+            last = _completion(generation, [], generation.usage() if job.include_usage else UNSET)
+            if job.include_metrics:
+                last.metrics = generation.metrics()
+            yield sse_event(last)
     except RequestError as error:
         yield sse_event(error_body(error.message, error.status, error.param, error.code))
     yield SSE_DONE
 
 
-def _chunk_choice(generation: Generation, delta: Delta, is_first: bool) -> CompletionChoice:
-    text = delta.choice.prompt.echo_text + delta.text if is_first else delta.text
-    return _choice(generation, delta.choice, text, delta.token_ids, is_first)
+class _ChoiceWriter:
+    """Deltas to the shape of the API. A choice's first brings what is told of its prompt."""
 
+    def __init__(self, generation: Generation) -> None:
+        self._job = generation.job
+        self._tokenizer = generation.tokenizer
+        self._begun: set[int] = set()
+        num_logprobs = self._job.sampling.num_logprobs
+        self._logprobs: dict[int, CompletionLogprobsWriter] = {}
+        if num_logprobs is not None:
+            self._logprobs = {
+                choice.index: CompletionLogprobsWriter(self._tokenizer, num_logprobs) for choice in generation.choices
+            }
 
-def _choice(
-    generation: Generation, choice: Choice, text: str, token_ids: list[int], is_first: bool
-) -> CompletionChoice:
-    with_ids = generation.job.return_token_ids
-    return CompletionChoice(
-        index=choice.index,
-        text=text,
-        finish_reason=None if choice.finish_reason is None else choice.finish_reason.value,
-        stop_reason=choice.stop_reason,
-        token_ids=token_ids if with_ids else UNSET,
-        prompt_token_ids=choice.prompt.token_ids if with_ids and is_first else UNSET,
-    )
+    def write(self, delta: Delta) -> CompletionChoice:
+        choice, job = delta.choice, self._job
+        is_first = choice.index not in self._begun
+        self._begun.add(choice.index)
+        written = CompletionChoice(
+            index=choice.index,
+            text=choice.prompt.echo_text + delta.text if is_first else delta.text,
+            finish_reason=None if choice.finish_reason is None else choice.finish_reason.value,
+            stop_reason=choice.stop_reason,
+        )
+        if job.return_token_ids:
+            written.token_ids = delta.token_ids
+            if is_first:
+                written.prompt_token_ids = choice.prompt.token_ids
+        if is_first and job.num_prompt_logprobs is not None:
+            written.prompt_logprobs = prompt_logprobs(self._tokenizer, job.num_prompt_logprobs, choice)
+        if self._logprobs:
+            token_ids: list[int] = delta.token_ids
+            entries: list[TokenLogprob | None] = [*delta.logprobs]
+            if is_first and job.echo and choice.prompt_logprobs is not None:
+                token_ids = choice.prompt.token_ids + token_ids
+                entries = [None, *choice.prompt_logprobs, *entries]
+            written.logprobs = self._logprobs[choice.index].write(token_ids, entries)
+        return written
 
 
 def _completion(generation: Generation, choices: list[CompletionChoice], usage: Usage | UnsetType | None) -> Completion:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from server.api.chat_template import ChatTemplate
 from server.api.errors import RequestError
+from server.api.tools import ToolFormat
 from server.engine.client import EngineClient
+from server.grammar import GrammarService
 from server.text import Tokenizer
 
 
@@ -19,6 +21,7 @@ class SamplingDefaults:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
     max_new_tokens: int | None = None  # chat only; None: the rest of the context
 
 
@@ -36,6 +39,10 @@ class ApiContext:
     version: str = "unknown"
     defaults: SamplingDefaults = SamplingDefaults()
     chat_template: ChatTemplate | None = None
+    grammars: GrammarService | None = None
+    tool_format: ToolFormat | None = None  # how the model writes tool calls
+    has_priorities: bool = False  # whether the engine orders requests by them
+    parses_reasoning: bool = False  # whether the model may begin with reasoning in <think> tags
 
     @property
     def max_model_len(self) -> int:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from server.api.context import ApiContext
 from server.api.errors import RequestError
 from server.api.parse import GenerationJob, PromptJob
-from server.api.responses import PromptTokensDetails, Usage
+from server.api.responses import PromptTokensDetails, RequestMetrics, Usage
 from server.engine.client import EngineClient, Mailbox
 from server.text import Detokenizer, StopStrings, Tokenizer
-from server.types import AbortReason, FinishReason, GenerateRequest, TokenEvent
+from server.types import AbortReason, FinishReason, GenerateRequest, RequestTimings, TokenEvent, TokenLogprob
 
 
 @dataclass(slots=True)
@@ -23,6 +23,7 @@ class Delta:
     choice: Choice
     text: str
     token_ids: list[int]
+    logprobs: list[TokenLogprob] = field(default_factory=list)  # one per token id, where the job asks for them
 
 
 class Choice:
@@ -38,6 +39,8 @@ class Choice:
         self.num_cached_tokens = 0
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
+        self.prompt_logprobs: list[TokenLogprob] | None = None  # until they come, with the first token
+        self.timings: RequestTimings | None = None  # from the first token on
         self._sampling = job.sampling
         self._include_stop = job.include_stop
         self._detokenizer = Detokenizer(tokenizer, prompt.token_ids, job.skip_special_tokens)
@@ -46,6 +49,13 @@ class Choice:
     def accept(self, event: TokenEvent) -> Delta:
         """The delta that an event makes. A stop string ends the choice at the token that completes it; the rest is dropped."""
         self.num_cached_tokens = event.num_cached_tokens
+        self.timings = event.timings or self.timings
+        if event.prompt_logprobs is not None:
+            self.prompt_logprobs = event.prompt_logprobs
+        if not self.prompt.max_tokens:  # only the prompt was to be scored
+            self.finish_reason = FinishReason.LENGTH if event.token_ids else event.finish_reason
+            return Delta(self, "", [])
+        logprobs = event.logprobs or []
         text = ""
         for position, token_id in enumerate(event.token_ids):
             self.num_tokens += 1
@@ -53,13 +63,19 @@ class Choice:
             if not is_stop_token or self._include_stop:
                 text += self._show(self._detokenizer.feed((token_id,)))
             if self._stop_strings.matched is not None:
-                return self._finish(FinishReason.STOP, text, event.token_ids[: position + 1])
+                length = position + 1
+                return self._finish(FinishReason.STOP, text, event.token_ids[:length], logprobs[:length])
         if event.finish_reason is None:
-            return Delta(self, text, event.token_ids)
+            return Delta(self, text, event.token_ids, logprobs)
         text += self._show(self._detokenizer.finish())
         if event.stop_token_id in self._sampling.stop_token_ids:
             self.stop_reason = event.stop_token_id
-        return self._finish(event.finish_reason, text + self._stop_strings.finish(), event.token_ids)
+        return self._finish(event.finish_reason, text + self._stop_strings.finish(), event.token_ids, logprobs)
+
+    def end_now(self) -> None:
+        """At a stop string, of which the engine does not know yet."""
+        if self.timings is not None:
+            self.timings = replace(self.timings, finished=time.monotonic())
 
     def _show(self, piece: str) -> str:
         """Text past the stop strings; those do not count in the first `min_tokens` tokens."""
@@ -67,12 +83,12 @@ class Choice:
             return piece
         return self._stop_strings.feed(piece)
 
-    def _finish(self, reason: FinishReason, text: str, token_ids: list[int]) -> Delta:
+    def _finish(self, reason: FinishReason, text: str, token_ids: list[int], logprobs: list[TokenLogprob]) -> Delta:
         self.finish_reason = reason
         if self._stop_strings.matched is not None:
             self.finish_reason = FinishReason.STOP
             self.stop_reason = self._stop_strings.matched
-        return Delta(self, text, token_ids)
+        return Delta(self, text, token_ids, logprobs)
 
 
 class Generation:
@@ -87,6 +103,7 @@ class Generation:
         self.id = f"{id_prefix}-{uuid.uuid4().hex}"
         self.created = int(time.time())
         self._engine: EngineClient = context.engine
+        self.tokenizer = context.tokenizer
         self._mailbox = Mailbox()
         self.choices = [
             Choice(
@@ -99,7 +116,10 @@ class Generation:
             for prompt_index, prompt in enumerate(job.prompts)
             for choice_index in range(job.num_choices)
         ]
-        self._unfinished = {choice.request_id: choice for choice in self.choices if choice.prompt.max_tokens > 0}
+        scores_prompt = job.sampling.num_prompt_logprobs is not None
+        self._unfinished = {
+            choice.request_id: choice for choice in self.choices if choice.prompt.max_tokens > 0 or scores_prompt
+        }
 
     def start(self) -> None:
         """Raises EngineUnavailable when the engine takes no requests."""
@@ -113,13 +133,14 @@ class Generation:
                 arrival,
                 group_id=f"{self.id}-{prompt_index}" if self.job.num_choices > 1 else "",
                 cache_key=self.job.cache_key,
+                priority=self.job.priority,
             )
             self._engine.submit(request, self._mailbox)
 
     async def deltas(self) -> AsyncIterator[list[Delta]]:
         """What each wake-up brings: one delta per choice, of one step, or of more when the reader is slower than the engine.
 
-        Raises RequestError 500 when a choice fails.
+        Raises RequestError when a choice fails.
         """
         for choice in self.choices:
             if choice.request_id not in self._unfinished:  # nothing to generate: echo alone
@@ -132,15 +153,17 @@ class Generation:
                     continue
                 choice = self._unfinished[event.request_id]
                 if event.finish_reason is FinishReason.ERROR:
-                    raise RequestError(event.error or "the engine failed", status=500, code="engine_error")
+                    raise _failure(event)
                 delta = choice.accept(event)
                 earlier = deltas.setdefault(event.request_id, delta)
                 if earlier is not delta:
                     earlier.text += delta.text
                     earlier.token_ids = earlier.token_ids + delta.token_ids
+                    earlier.logprobs = earlier.logprobs + delta.logprobs
                 if choice.finish_reason is not None:
                     del self._unfinished[choice.request_id]
                     if event.finish_reason is None:
+                        choice.end_now()
                         self._engine.abort(choice.request_id, AbortReason.STOP_STRING)
             if deltas:
                 yield list(deltas.values())
@@ -163,3 +186,33 @@ class Generation:
             num_prompt_tokens + num_completion_tokens,
             PromptTokensDetails(num_cached_tokens),
         )
+
+    def metrics(self) -> RequestMetrics:
+        """Of the choices that have a token."""
+        timings = [choice.timings for choice in self.choices if choice.timings is not None]
+        firsts = [times.first_token for times in timings if times.first_token is not None]
+        scheduled = [times.first_scheduled for times in timings if times.first_scheduled is not None]
+        if not firsts or not scheduled:
+            return RequestMetrics()
+        generating = max(times.finished for times in timings) - min(firsts)
+        between = sum(times.finished - times.first_token for times in timings if times.first_token is not None)
+        num_later = sum(max(choice.num_tokens - 1, 0) for choice in self.choices)
+        return RequestMetrics(
+            queue_time_ms=_milliseconds(min(scheduled) - timings[0].arrival),
+            time_to_first_token_ms=_milliseconds(min(firsts) - timings[0].arrival),
+            generation_time_ms=_milliseconds(generating),
+            mean_itl_ms=_milliseconds(between / num_later) if num_later else None,
+            tokens_per_second=round(num_later / generating, 3) if num_later and generating > 0 else None,
+            num_preemptions=sum(times.num_preemptions for times in timings),
+        )
+
+
+def _milliseconds(seconds: float) -> float:
+    return round(seconds * 1e3, 3)
+
+
+def _failure(event: TokenEvent) -> RequestError:
+    message = event.error or "the engine failed"
+    if event.is_request_fault:
+        return RequestError(message)
+    return RequestError(message, status=500, code="engine_error")

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
-from pydantic import ValidationError
-from starlette.requests import ClientDisconnect, Request
-
-from server.api.chat_template import ChatTemplateError
+from server.api.answer import PLAIN_ANSWER, AnswerOptions
+from server.api.chat_options import (
+    answer_options,
+    are_tags_special,
+    compile_grammar,
+    find_reasoning,
+    grammar_source,
+    tool_choice,
+)
+from server.api.chat_prompt import render_prompt
 from server.api.context import ApiContext
-from server.api.errors import RequestError, from_validation_error
-from server.api.schemas import ChatRequest, CompletionRequest, GenerationFields, Schema
-from server.api.sse import ClientGone
+from server.api.errors import RequestError
+from server.api.schemas import ChatRequest, CompletionRequest, GenerationFields
 from server.types import SamplingParams
 
-DEFAULT_COMPLETION_TOKENS = 16
+MAX_CHOICES_PER_REQUEST = 2048
 MIN_TEMPERATURE = 0.01  # of those above 0: dividing logits by less overflows and says no more than greedy does
-
-_Schema = TypeVar("_Schema", bound=Schema)
 
 
 @dataclass(frozen=True, slots=True)
 class PromptJob:
-    """One prompt. With `max_tokens` 0 there is nothing to generate. `echo_text` goes before the output's text."""
+    """One prompt. With `max_tokens` 0 nothing is generated. `echo_text` goes before the output's text."""
 
     token_ids: list[int]
     max_tokens: int
@@ -45,98 +47,110 @@ class GenerationJob:
     stream: bool
     include_usage: bool
     continuous_usage: bool
+    priority: int
     return_token_ids: bool
+    include_metrics: bool
+    echo: bool = False
+    num_prompt_logprobs: int | None = None  # as the answer shows them by themselves
+    answer: AnswerOptions = PLAIN_ANSWER  # of chat
 
     def sampling_of(self, prompt: PromptJob, choice: int) -> SamplingParams:
         seed = self.sampling.seed
         if seed is not None:
             seed = (seed + choice) % 2**63
-        return replace(self.sampling, max_tokens=prompt.max_tokens, seed=seed)
-
-
-async def read_body(request: Request, schema: type[_Schema], max_bytes: int) -> _Schema:
-    """The body as `schema`. Raises RequestError: 415, 413, or 400 naming the fields that are wrong."""
-    content_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    if content_type != "application/json" and not (
-        content_type.startswith("application/") and content_type.endswith("+json")
-    ):
-        raise RequestError(
-            f"Content-Type must be application/json (got {content_type or 'none'})",
-            status=415,
-            code="unsupported_media_type",
-        )
-    declared = request.headers.get("content-length", "")
-    too_large = RequestError(f"the request body is larger than {max_bytes} bytes", status=413, code="request_too_large")
-    if declared.isdecimal() and int(declared) > max_bytes:
-        raise too_large
-    body = bytearray()
-    try:
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > max_bytes:
-                raise too_large
-    except ClientDisconnect:
-        raise ClientGone from None
-    try:
-        return schema.model_validate_json(bytes(body))
-    except ValidationError as error:
-        raise from_validation_error(error) from None
+        # The engine always samples; where nothing is to be generated, its one token is dropped.
+        return replace(self.sampling, max_tokens=max(prompt.max_tokens, 1), seed=seed)
 
 
 async def parse_completion(body: CompletionRequest, context: ApiContext) -> GenerationJob:
     model = context.model_name(body.model)
     token_ids, texts = await _tokenize_prompts(body, context)
-    max_tokens = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-    if max_tokens == 0 and not body.echo:
+    if body.max_tokens == 0 and not body.echo:
         raise RequestError("max_tokens: must be at least 1 without echo (got 0)", param="max_tokens")
+    scores_prompt = body.prompt_logprobs is not None or (bool(body.echo) and body.logprobs is not None)
+    num_choices = len(token_ids) * (body.n or 1)
+    if num_choices > MAX_CHOICES_PER_REQUEST:
+        raise RequestError(
+            f"n: prompts times n must be at most {MAX_CHOICES_PER_REQUEST} (got {num_choices})", param="n"
+        )
+    skips_special = body.skip_special_tokens is not False
     prompts = []
-    for index, ids in enumerate(token_ids):
-        limit = _room(ids, context, needs_output=max_tokens > 0)
+    for index, whole in enumerate(token_ids):
+        ids = _truncated(whole, body, context, body.max_tokens)
+        limit = _room(ids, context, needs_output=body.max_tokens != 0 or scores_prompt)
         echo_text = ""
         if body.echo:
-            echo_text = texts[index] if texts is not None else context.tokenizer.decode(ids)
-        prompts.append(PromptJob(ids, min(max_tokens, limit), echo_text))
-    return _job(body, context, model, prompts, max_tokens)
+            echo_text = (
+                texts[index] if texts is not None and ids is whole else context.tokenizer.decode(ids, skips_special)
+            )
+        asked = limit if body.max_tokens is None else body.max_tokens
+        prompts.append(PromptJob(ids, min(asked, limit), echo_text))
+    grammar = await compile_grammar(grammar_source(body), context)
+    return replace(
+        await _job(
+            body,
+            context,
+            model,
+            prompts,
+            max(prompt.max_tokens for prompt in prompts) if body.max_tokens is None else body.max_tokens,
+            num_logprobs=body.logprobs,
+            num_prompt_logprobs=body.logprobs if body.echo else None,
+            grammar=grammar,
+        ),
+        echo=bool(body.echo),
+    )
 
 
 async def parse_chat(body: ChatRequest, context: ApiContext) -> GenerationJob:
     model = context.model_name(body.model)
-    if context.chat_template is None:
-        raise RequestError(
-            f"The model `{model}` has no chat template; use /v1/completions, or start the server with --chat-template",
-            param="messages",
-        )
-    messages = [
-        {"role": message.role, "content": message.text()} | ({} if message.name is None else {"name": message.name})
-        for message in body.messages
-    ]
-    add_generation_prompt = body.add_generation_prompt is not False
-    try:
-        text = context.chat_template.render(messages, add_generation_prompt, body.chat_template_kwargs)
-    except ChatTemplateError as error:
-        raise RequestError(str(error), param="messages") from None
-    _refuse_longer_text([text], context, "messages")
+    if body.top_logprobs and not body.logprobs:
+        raise RequestError("top_logprobs: only allowed when logprobs is true", param="top_logprobs")
+    choice = tool_choice(body, context)
+    text = render_prompt(body, context, choice.offered)
+    if body.truncate_prompt_tokens is None:
+        _refuse_longer_text([text], context, "messages")
     [ids] = await context.tokenizer.encode_all([text], add_special_tokens=False)
     if not ids:
         raise RequestError("messages: the chat template makes an empty prompt of them", param="messages")
-    limit = _room(ids, context, needs_output=True, param="messages")
     asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    ids = _truncated(ids, body, context, asked)
+    limit = _room(ids, context, needs_output=True, param="messages")
     if asked is None:
         asked = context.defaults.max_new_tokens or limit
-    return _job(body, context, model, [PromptJob(ids, min(asked, limit))], asked)
+    num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    answer = answer_options(body, context, choice, find_reasoning(body, context, text))
+    grammar = await compile_grammar(choice.grammar or grammar_source(body), context, answer.reasoning)
+    job = await _job(body, context, model, [PromptJob(ids, min(asked, limit))], asked, num_logprobs, grammar=grammar)
+    skips_special = job.skip_special_tokens and not are_tags_special(answer, context)
+    return replace(job, answer=answer, skip_special_tokens=skips_special)
+
+
+def _truncated(ids: list[int], body: GenerationFields, context: ApiContext, max_tokens: int | None) -> list[int]:
+    """The end of a prompt that `truncate_prompt_tokens` asks for."""
+    length = body.truncate_prompt_tokens
+    if length is None:
+        return ids
+    if length == 0:
+        raise RequestError("truncate_prompt_tokens: must be -1 or at least 1 (got 0)", param="truncate_prompt_tokens")
+    if length < 0:
+        # More than the context holds is cut to what fits, as ever: it must not take the prompt's place.
+        room = max_tokens if max_tokens and max_tokens < context.max_model_len else 1
+        length = context.max_model_len - room
+    return ids[-length:] if len(ids) > length else ids
 
 
 async def _tokenize_prompts(body: CompletionRequest, context: ApiContext) -> tuple[list[list[int]], list[str] | None]:
     """The prompts' token ids, and their texts where they came as text."""
     texts, id_lists = _split_prompt(body.prompt)
     if texts is not None:
-        _refuse_longer_text(texts, context, "prompt")
+        if body.truncate_prompt_tokens is None:
+            _refuse_longer_text(texts, context, "prompt")
         id_lists = await context.tokenizer.encode_all(texts, body.add_special_tokens is not False)
         if not all(id_lists):
             raise RequestError("prompt: must not be empty: this model adds no token of its own", param="prompt")
         return id_lists, texts
     for ids in id_lists:
-        _refuse_unknown_ids(ids, context, "prompt")
+        refuse_unknown_ids(ids, context, "prompt")
     return id_lists, None
 
 
@@ -151,7 +165,7 @@ def _split_prompt(prompt: str | list[str] | list[int] | list[list[int]]) -> tupl
     return None, prompt
 
 
-def _refuse_unknown_ids(token_ids: list[int], context: ApiContext, param: str) -> None:
+def refuse_unknown_ids(token_ids: list[int], context: ApiContext, param: str) -> None:
     highest = max(token_ids, default=-1)
     if highest >= context.vocab_size:
         raise RequestError(
@@ -194,19 +208,40 @@ def _too_long(num_tokens: str, max_model_len: int, param: str) -> RequestError:
     )
 
 
-def _job(
-    body: GenerationFields, context: ApiContext, model: str, prompts: list[PromptJob], max_tokens: int
+async def _job(
+    body: GenerationFields,
+    context: ApiContext,
+    model: str,
+    prompts: list[PromptJob],
+    max_tokens: int,
+    num_logprobs: int | None,
+    num_prompt_logprobs: int | None = None,
+    grammar: str | None = None,
 ) -> GenerationJob:
+    if body.priority and not context.has_priorities:
+        raise RequestError(
+            "priority: this server serves who comes first; it needs --scheduling-policy priority", param="priority"
+        )
     stream = bool(body.stream)
     if body.stream_options is not None and not stream:
         raise RequestError("stream_options: only allowed when stream is true", param="stream_options")
+    if stream and body.prompt_logprobs is not None:
+        raise RequestError("prompt_logprobs: not available with stream", param="prompt_logprobs")
+    asked_prompt_logprobs = [num for num in (body.prompt_logprobs, num_prompt_logprobs) if num is not None]
+    sampling = replace(
+        _sampling(body, context, max_tokens),
+        num_logprobs=num_logprobs,
+        num_prompt_logprobs=max(asked_prompt_logprobs, default=None),
+        grammar=grammar,
+        bad_words=await _bad_words(body.bad_words or [], context),
+    )
     options = body.stream_options
     stop = [] if body.stop is None else [body.stop] if isinstance(body.stop, str) else body.stop
     return GenerationJob(
         model=model,
         prompts=prompts,
         num_choices=body.n or 1,
-        sampling=_sampling(body, context, max_tokens),
+        sampling=sampling,
         stop_strings=tuple(dict.fromkeys(stop)),
         include_stop=bool(body.include_stop_str_in_output),
         skip_special_tokens=body.skip_special_tokens is not False,
@@ -214,7 +249,10 @@ def _job(
         stream=stream,
         include_usage=options is not None and bool(options.include_usage or options.continuous_usage_stats),
         continuous_usage=options is not None and bool(options.continuous_usage_stats),
+        priority=body.priority or 0,
         return_token_ids=bool(body.return_token_ids),
+        include_metrics=bool(body.include_metrics),
+        num_prompt_logprobs=body.prompt_logprobs,
     )
 
 
@@ -228,7 +266,8 @@ def _sampling(body: GenerationFields, context: ApiContext, max_tokens: int) -> S
         raise RequestError(
             f"min_tokens: must be at most max_tokens ({max_tokens}) (got {min_tokens})", param="min_tokens"
         )
-    _refuse_unknown_ids(body.stop_token_ids or [], context, "stop_token_ids")
+    refuse_unknown_ids(body.stop_token_ids or [], context, "stop_token_ids")
+    refuse_unknown_ids(body.allowed_token_ids or [], context, "allowed_token_ids")
     return SamplingParams(
         max_tokens=max_tokens,
         min_tokens=min_tokens,
@@ -239,4 +278,28 @@ def _sampling(body: GenerationFields, context: ApiContext, max_tokens: int) -> S
         seed=body.seed,
         stop_token_ids=tuple(dict.fromkeys(body.stop_token_ids or ())),
         ignore_eos=bool(body.ignore_eos),
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        repetition_penalty=body.repetition_penalty or defaults.repetition_penalty,
+        logit_bias=_logit_bias(body.logit_bias or {}, context),
+        allowed_token_ids=None if body.allowed_token_ids is None else tuple(dict.fromkeys(body.allowed_token_ids)),
     )
+
+
+def _logit_bias(biases: dict[str, float], context: ApiContext) -> tuple[tuple[int, float], ...]:
+    token_ids = {}
+    for key, bias in biases.items():
+        if not key.isascii() or not key.isdecimal() or len(key) > 10 or int(key) >= context.vocab_size:
+            raise RequestError(
+                f"logit_bias: keys must be token ids from 0 to {context.vocab_size - 1} (got {key[:20]!r})",
+                param="logit_bias",
+            )
+        token_ids[int(key)] = bias
+    return tuple(token_ids.items())
+
+
+async def _bad_words(words: list[str], context: ApiContext) -> tuple[tuple[int, ...], ...]:
+    """The words as token ids, as they begin a text and as they follow a space."""
+    texts = [text for word in words for text in (word, " " + word.lstrip())]
+    encoded = await context.tokenizer.encode_all(texts, add_special_tokens=False)
+    return tuple(dict.fromkeys(tuple(token_ids) for token_ids in encoded if token_ids))

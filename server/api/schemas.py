@@ -8,7 +8,15 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    WithJsonSchema,
+)
 from pydantic_core import PydanticCustomError
 
 from server.api.errors import BRANCH_PREFIX
@@ -18,6 +26,11 @@ MAX_CHOICES_PER_PROMPT = 128
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 1024
 MAX_STOP_TOKEN_IDS = 1024
+MAX_BIASES = 1024
+MAX_BAD_WORDS = 128
+MAX_LOGPROBS = 20
+MAX_CHOICES = 1024
+MAX_TOOLS = 128
 
 
 class Schema(BaseModel):
@@ -77,6 +90,7 @@ Prompt = Annotated[
     ],
     _union("must be a string, a list of strings, a list of token ids, or a list of lists of token ids"),
 ]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 Stop = Annotated[
     Annotated[StopString, Tag("@text")]
@@ -93,6 +107,35 @@ Stop = Annotated[
 class StreamOptions(Schema):
     include_usage: bool | None = Field(None, description="A last chunk without choices carries the usage.")
     continuous_usage_stats: bool | None = Field(None, description="Every chunk carries the usage so far.")
+
+
+class JsonSchemaFormat(Schema):
+    name: str = Field(min_length=1, max_length=64)
+    description: str | None = None
+    json_schema: dict[str, Any] = Field(default_factory=dict, alias="schema")
+    strict: bool | None = Field(None, description="Outputs follow the schema always.")
+
+
+class PlainFormat(Schema):
+    type: Literal["text", "json_object"]
+
+
+class SchemaFormat(Schema):
+    type: Literal["json_schema"]
+    json_schema: JsonSchemaFormat
+
+
+ResponseFormat = Annotated[PlainFormat | SchemaFormat, Field(discriminator="type")]
+
+
+class StructuredOutputs(Schema):
+    """Exactly one of these."""
+
+    json_schema: dict[str, Any] | str | None = Field(None, alias="json", description="A JSON schema.")
+    json_object: bool | None = None
+    regex: str | None = Field(None, min_length=1)
+    choice: Annotated[list[StopString], Field(min_length=1, max_length=MAX_CHOICES)] | None = None
+    grammar: str | None = Field(None, min_length=1, description="GBNF (EBNF with ::=) or Lark.")
 
 
 class GenerationFields(Schema):
@@ -119,30 +162,42 @@ class GenerationFields(Schema):
     )
     user: str | None = Field(None, description="Accepted for compatibility; identifies your user to you.")
 
-    presence_penalty: OnlyZero = None
-    frequency_penalty: OnlyZero = None
-    repetition_penalty: OnlyOne = None
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100, description="1 is off; counts the prompt too.")
+    logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_BIASES)] | None = Field(
+        None, description="By token id, as a string."
+    )
+    allowed_token_ids: Annotated[list[TokenId], Field(min_length=1, max_length=2**20)] | None = None
+    bad_words: Annotated[list[StopString], Field(max_length=MAX_BAD_WORDS)] | None = None
+    include_metrics: bool | None = Field(None, description="The answer's `metrics`: how long it waited and took.")
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="Not with stream.")
+    truncate_prompt_tokens: int | None = Field(
+        None, ge=-1, le=2**31 - 1, description="How many of the prompt's last tokens to keep; -1: as many as fit."
+    )
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = Field(None, description="Not together with response_format.")
     length_penalty: OnlyOne = None
-    logit_bias: OnlyEmptyObject = None
-    allowed_token_ids: OnlyNull = None
-    bad_words: OnlyEmptyList = None
-    prompt_logprobs: OnlyNull = None
-    truncate_prompt_tokens: OnlyNull = None
     use_beam_search: OnlyFalse = None
     spaces_between_special_tokens: OnlyTrue = None
-    priority: OnlyZero = None
+    priority: int | None = Field(
+        None, ge=-1000, le=1000, description="The lower goes first. Needs --scheduling-policy priority, unless 0."
+    )
 
 
 class CompletionRequest(GenerationFields):
     prompt: Prompt = Field(description="One prompt, or several; text or token ids.")
-    max_tokens: int | None = Field(None, ge=0, le=2**31 - 1, description="16 unless given; 0 only with echo.")
+    max_tokens: int | None = Field(
+        None, ge=0, le=2**31 - 1, description="The rest of the context unless given; 0 only with echo."
+    )
     echo: bool | None = None
     add_special_tokens: bool | None = Field(None, description="Whether the tokenizer may add its own (BOS); true.")
 
     best_of: OnlyOne = None
     suffix: OnlyEmptyString = None
-    logprobs: OnlyNull = None
-    response_format: OnlyNull = None
+    logprobs: int | None = Field(
+        None, ge=0, le=MAX_LOGPROBS, description="How many of the likeliest tokens to tell with each token."
+    )
 
 
 class TextPart(Schema):
@@ -151,57 +206,126 @@ class TextPart(Schema):
 
 
 Content = Annotated[
-    Annotated[str, Tag("@text")] | Annotated[list[TextPart], Tag("@parts")],
+    Annotated[str, Tag("@text")] | Annotated[list[TextPart], Tag("@parts")] | Annotated[None, Tag("@null")],
     Discriminator(
-        lambda value: "@parts" if value == [] else _branch(value),
+        lambda value: "@null" if value is None else "@parts" if value == [] else _branch(value),
         custom_error_type="wrong_type",
         custom_error_message="must be a string or a list of text parts",
     ),
 ]
 
+ToolName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+
+
+class CalledFunction(Schema):
+    name: ToolName
+    arguments: str = Field(description="A JSON object, as text.")
+
+
+class ToolCall(Schema):
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    index: int | None = None
+
 
 class Message(Schema):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Content
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content = None
     name: str | None = None
+    tool_calls: list[ToolCall] | None = Field(None, description="Of an assistant's message.")
+    tool_call_id: str | None = Field(None, description="Of a tool's message.")
+    reasoning_content: str | None = None
 
     # What clients send back of an assistant's message.
     refusal: OnlyNull = None
     annotations: OnlyEmptyList = None
     audio: OnlyNull = None
     function_call: OnlyNull = None
-    tool_calls: OnlyEmptyList = None
 
     def text(self) -> str:
         """The content as one string."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        if self.content is None or isinstance(self.content, str):
+            return self.content or ""
+        return "".join(part.text for part in self.content)
 
 
-class ChatRequest(GenerationFields):
+class FunctionDefinition(Schema):
+    name: ToolName
+    description: str | None = None
+    parameters: dict[str, Any] | None = Field(None, description="A JSON schema of the arguments.")
+    strict: bool | None = Field(None, description="Arguments of required and named calls follow the schema always.")
+
+
+class Tool(Schema):
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+class NamedFunction(Schema):
+    name: ToolName
+
+
+class NamedToolChoice(Schema):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+ToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("@word")] | Annotated[NamedToolChoice, Tag("@function")],
+    Discriminator(
+        lambda value: "@word" if isinstance(value, str) else "@function" if isinstance(value, dict) else None,
+        custom_error_type="wrong_type",
+        custom_error_message='must be "none", "auto", "required" or {"type": "function", "function": {"name": ...}}',
+    ),
+]
+
+
+class ChatPromptFields(Schema):
+    """What a chat's prompt is made of."""
+
     messages: list[Message] = Field(min_length=1)
-    max_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="The rest of the context unless given.")
-    max_completion_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="Goes before max_tokens.")
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     add_generation_prompt: bool | None = Field(
-        None, description="Whether the prompt ends where an answer begins; true."
+        None, description="Whether the prompt ends where an answer begins; true unless continue_final_message."
     )
+    continue_final_message: bool | None = Field(None, description="The answer goes on from the last message's text.")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="More variables for the chat template.")
 
-    logprobs: OnlyFalse = None
-    top_logprobs: OnlyZero = None
-    tools: OnlyEmptyList = None
-    tool_choice: Annotated[Any, *_only(None, "none", "auto")] = None
-    parallel_tool_calls: OnlyBool = None
+
+class ChatRequest(GenerationFields, ChatPromptFields):
+    max_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="The rest of the context unless given.")
+    max_completion_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="Goes before max_tokens.")
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="Needs logprobs.")
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = Field(None, description="false: at most one call.")
+    include_reasoning: bool | None = Field(None, description="Whether reasoning is told at all; true.")
+
     functions: OnlyEmptyList = None
     function_call: Annotated[Any, *_only(None, "none", "auto")] = None
-    response_format: Annotated[Any, *_only(None, {"type": "text"})] = None
     modalities: Annotated[Any, *_only(None, ["text"])] = None
     audio: OnlyNull = None
     prediction: OnlyNull = None
     reasoning_effort: OnlyNull = None
     chat_template: OnlyNull = None
-    continue_final_message: OnlyFalse = None
     echo: OnlyFalse = None
     add_special_tokens: OnlyFalse = None
     store: OnlyFalse = None
     metadata: OnlyEmptyObject = None
     service_tier: Annotated[Any, *_only(None, "auto", "default")] = None
+
+
+class TokenizeRequest(ChatPromptFields):
+    """A prompt, or a chat's messages."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = Field(None, min_length=1)  # type: ignore[assignment]
+    add_special_tokens: bool | None = Field(None, description="For prompts; true.")
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(Schema):
+    model: str | None = None
+    tokens: Annotated[list[TokenId], Field(max_length=2**17)]  # decoding keeps the server from all else

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from kernels.backend import ForwardBatch
-from server.engine.scheduler import ScheduledBatch
+from server.engine.step import ScheduledBatch
 
 
 def fill_forward_batch(forward: ForwardBatch, scheduled: ScheduledBatch, block_size: int) -> None:
-    """Writes the step into `forward`: one logits row per sequence that samples, at its last token."""
+    """Writes the step into `forward`: one logits row per sequence that samples, at its last token, and after those one per
+    scored position."""
     input_ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
     query_lens: list[int] = []
     seq_lens: list[int] = []
     logit_rows: list[int] = []
+    scored_rows: list[int] = []
     for entry in scheduled.entries:
         sequence, start, end = entry.sequence, entry.start, entry.start + entry.num_new_tokens
         input_ids += sequence.token_ids[start:end]
@@ -23,8 +25,9 @@ def fill_forward_batch(forward: ForwardBatch, scheduled: ScheduledBatch, block_s
         seq_lens.append(end)
         if entry.is_last_chunk:
             logit_rows.append(len(input_ids) - 1)
+        scored_rows += (len(input_ids) - end + position for position in entry.scored)
     tables = [entry.sequence.block_table for entry in scheduled.entries]
-    forward.fill(input_ids, positions, slots, query_lens, seq_lens, tables, logit_rows)
+    forward.fill(input_ids, positions, slots, query_lens, seq_lens, tables, logit_rows + scored_rows)
 
 
 def slot_range(block_table: list[int], start: int, end: int, block_size: int) -> list[int]:

@@ -5,19 +5,22 @@ from __future__ import annotations
 import logging
 import random
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from kernels.backend import Backend, BackendOptions, KVCacheSpec, create_backend
 from server.config import EngineConfig
 from server.engine.block_manager import BlockManager
 from server.engine.kv_cache import DEFAULT_POOL_SHARE, GPU_POOL_SHARE, plan_kv_cache
+from server.engine.matcher import GrammarFactory, GrammarQueue
 from server.engine.runner import Runner
-from server.engine.scheduler import ScheduledBatch, Scheduler, StepBudget
+from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence
+from server.engine.step import ScheduledBatch, StepBudget
 from server.memory import MemoryLimit, memory_limit
 from server.model_config import ModelConfig, ModelError, load_model_config
 from server.models.loader import load_decoder
-from server.types import AbortReason, EngineInfo, GenerateRequest, StepOutput, TokenEvent
+from server.types import AbortReason, EngineInfo, FinishReason, GenerateRequest, StepOutput, TokenEvent
 
 logger = logging.getLogger(__name__)
 
@@ -30,12 +33,23 @@ MIN_STEP_TOKENS = 32.0
 ATTENTION_PRICE = 3.0
 """How much dearer a multiply-add of attention (fp32) is than one of the quantized linears (8-bit integers), measured."""
 
+GRAMMAR_WAIT_SECONDS = 0.02
+"""How long an engine with nothing else to do looks away from its inbox for a grammar."""
+
 
 class Engine:
     """Continuous batching over a scheduler and a runner. `info` describes what was built."""
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, info: EngineInfo, seed: int | None = None) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        info: EngineInfo,
+        seed: int | None = None,
+        grammars: GrammarQueue | None = None,
+    ) -> None:
         self.scheduler = scheduler
+        self.grammars = grammars
         self.runner = runner
         self.info = info
         self._sequences: dict[str, Sequence] = {}
@@ -43,26 +57,35 @@ class Engine:
         self._random = random.Random(seed) if seed is not None else random.SystemRandom()
 
     def submit(self, request: GenerateRequest) -> None:
-        """Queues a request. Its id must be new, its prompt shorter than max_model_len: the edge has made sure."""
+        """Queues a request. Its id must be new, its prompt shorter than max_model_len: the edge has made sure.
+        Raises ValueError where it brings a grammar and the engine has none."""
         assert request.request_id not in self._sequences, f"duplicate request id {request.request_id}"
         seed = request.sampling.seed
         if seed is None:
             seed = self._random.getrandbits(63)
         sequence = Sequence(request, seed, list(request.prompt_token_ids))
+        if request.sampling.grammar is None:
+            self.scheduler.add(sequence)
+        elif self.grammars is None:
+            raise ValueError("this engine has no grammars")
+        else:
+            self.grammars.add(sequence)
         self._sequences[request.request_id] = sequence
-        self.scheduler.add(sequence)
 
     def abort(self, request_id: str, reason: AbortReason) -> None:
         """Ends a request; one that has ended already is passed over, since both sides may end it at the same time."""
         sequence = self._sequences.pop(request_id, None)
         if sequence is not None:
+            if self.grammars is not None and self.grammars.remove(request_id) is not None:
+                self.scheduler.add(sequence)  # which ends sequences, wherever they are
             self._pending_events.append(self.scheduler.finish(sequence, reason.finish_reason, time.monotonic()))
 
     def has_work(self) -> bool:
-        return bool(self._pending_events) or self.scheduler.has_work()
+        return bool(self._pending_events or self.grammars) or self.scheduler.has_work()
 
     def step(self) -> StepOutput:
         """One step: schedule, compute, postprocess. Without anything to compute it only reports."""
+        self._queue_those_with_grammars()
         started = time.monotonic()
         self._pending_events += self.scheduler.expire(started)
         batch: ScheduledBatch | None = None
@@ -81,10 +104,25 @@ class Engine:
                 self._sequences.pop(event.request_id, None)
         num_generated = sum(len(event.token_ids) for event in events)
         stats = self.scheduler.stats(batch, num_prompt_tokens, num_generated, time.monotonic() - started)
+        if self.grammars:
+            stats = replace(stats, num_waiting=stats.num_waiting + len(self.grammars))
         return StepOutput(self.info.epoch, events, stats)
 
+    def _queue_those_with_grammars(self) -> None:
+        """Sequences whose matchers have come join the others; with nothing else to do, they are waited for a moment."""
+        if not self.grammars:
+            return
+        is_idle = not self._pending_events and not self.scheduler.has_work()
+        for sequence, error in self.grammars.take_ready(GRAMMAR_WAIT_SECONDS if is_idle else 0.0):
+            self.scheduler.add(sequence)
+            if error is not None:
+                event = self.scheduler.finish(sequence, FinishReason.ERROR, time.monotonic(), error=error)
+                self._pending_events.append(replace(event, is_request_fault=True))
+
     def close(self) -> None:
-        """Nothing to give back that the process's end does not."""
+        """Gives back what the process's end does not."""
+        if self.grammars is not None:
+            self.grammars.close()
 
 
 def timed_budget(model: ModelConfig, max_tokens: int, seconds_per_token: float) -> StepBudget:
@@ -161,6 +199,8 @@ def build_engine(config: EngineConfig, epoch: int = 0) -> Engine:
         )
         logger.info("%s", notes[-1])
     block_manager = BlockManager(plan.num_blocks, config.block_size, config.enable_prefix_caching)
-    scheduler = Scheduler(block_manager, config.max_num_seqs, budget, plan.max_model_len, eos_token_ids)
+    aging = config.priority_aging_seconds if config.scheduling_policy == "priority" else None
+    scheduler = Scheduler(block_manager, config.max_num_seqs, budget, plan.max_model_len, eos_token_ids, aging)
     info = EngineInfo(epoch, plan.max_model_len, plan.num_blocks, config.block_size, backend.name, notes)
-    return Engine(scheduler, runner, info, config.seed)
+    grammars = GrammarQueue(GrammarFactory(model_dir / "tokenizer.json", model.vocab_size, eos_token_ids))
+    return Engine(scheduler, runner, info, config.seed, grammars)

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from kernels.backend import Backend, KVCacheSpec, SampledRows
 from server.engine.batch import fill_forward_batch
+from server.engine.logits import Scores
 from server.engine.sampler import Sampler
-from server.engine.scheduler import SampledToken, ScheduledBatch
+from server.engine.scheduler import SampledToken
+from server.engine.step import ScheduledBatch
 from server.models.decoder import Decoder
 
 WARM_UP_TOKENS = 64
@@ -19,9 +21,11 @@ WARM_UP_TOKENS = 64
 
 @dataclass(frozen=True, slots=True)
 class StepHandle:
-    """A launched step."""
+    """A launched step. `scores` and `errors` are by row."""
 
     sampled: SampledRows | None
+    scores: dict[int, Scores]
+    errors: dict[int, str]
 
 
 class Runner:
@@ -66,14 +70,40 @@ class Runner:
         sequences = scheduled.sampling
         sampling = self.sampler.fill(sequences)
         logits: Tensor = self.program.run()
+        num_rows = len(sequences)
+        if logits.shape[0] > num_rows:
+            self._score_prompts(scheduled, logits[num_rows:])
         if not sequences:
-            return StepHandle(None)
-        self.sampler.mask(sequences, logits)
-        return StepHandle(self.backend.sample(logits, sampling))
+            return StepHandle(None, {}, {})
+        rows = logits[:num_rows]
+        scores = {
+            row: Scores(rows[row], sequence.sampling.num_logprobs)
+            for row, sequence in enumerate(sequences)
+            if sequence.sampling.num_logprobs is not None
+        }
+        errors = self.sampler.mask(sequences, rows)
+        return StepHandle(self.backend.sample(rows, sampling), scores, errors)
+
+    def _score_prompts(self, scheduled: ScheduledBatch, logits: Tensor) -> None:
+        """Adds what these rows say of their prompts' next tokens."""
+        row = 0
+        for entry in scheduled.entries:
+            sequence = entry.sequence
+            for position in entry.scored:
+                scores = Scores(logits[row], sequence.sampling.num_prompt_logprobs or 0)
+                sequence.prompt_logprobs.append(scores.of(sequence.token_ids[position + 1]))
+                row += 1
 
     def collect(self, handle: StepHandle) -> list[SampledToken]:
         """One entry per sequence of the step's `sampling`."""
         if handle.sampled is None:
             return []
         token_ids, finite = handle.sampled.to_host()
-        return [SampledToken(token if ok else None) for token, ok in zip(token_ids, finite, strict=True)]
+        return [
+            SampledToken(
+                token if ok else None,
+                handle.scores[row].of(token) if ok and row in handle.scores else None,
+                handle.errors.get(row),
+            )
+            for row, (token, ok) in enumerate(zip(token_ids, finite, strict=True))
+        ]

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Rows
 
+import torch
 from torch import Tensor
 
 from kernels.backend import Backend, SamplingBatch
+from server.engine.logits import LogitRules
 from server.engine.sequence import Sequence
+
+NOTHING_LEFT = "allowed_token_ids, bad_words, min_tokens and the grammar together leave no token to choose from"
 
 
 class Sampler:
@@ -31,14 +35,42 @@ class Sampler:
         )
         return self.batch
 
-    def mask(self, sequences: Rows[Sequence], logits: Tensor) -> None:
-        """Masks `logits` [rows, vocabulary] in place where rules ask."""
+    def mask(self, sequences: Rows[Sequence], logits: Tensor) -> dict[int, str]:
+        """Changes `logits` [rows, vocabulary] in place where the sequences' rules ask. Returns, by row, why nothing is left to
+        choose from where that is so."""
         rows: list[int] = []
         token_ids: list[int] = []
+        errors: dict[int, str] = {}
         for row, sequence in enumerate(sequences):
-            if sequence.num_output_tokens < sequence.sampling.min_tokens:
-                banned = sorted(self.eos_token_ids | set(sequence.sampling.stop_token_ids))
+            banned = self._banned(sequence)
+            if sequence.matcher is not None:
+                if not sequence.matcher.mask(logits[row]):
+                    errors[row] = f"the grammar cannot go on: {sequence.matcher.error}"
+                    continue
+                if banned and not _leaves_any(logits[row], banned):
+                    banned = []  # a grammar that has come to its end has nothing else to give
+            if sequence.has_rules:
+                if sequence.rules is None:
+                    sequence.rules = LogitRules(sequence.sampling, sequence.request.prompt_token_ids)
+                output = sequence.token_ids[sequence.num_prompt_tokens :]
+                if not sequence.rules.apply(logits[row], output, banned, sequence.matcher is not None):
+                    errors[row] = NOTHING_LEFT
+            elif banned:
                 rows += [row] * len(banned)
                 token_ids += banned
         if rows:
             self.backend.ban_tokens(logits, rows, token_ids)
+        return errors
+
+    def _banned(self, sequence: Sequence) -> list[int]:
+        """Tokens that would end the output before `min_tokens`."""
+        if sequence.num_output_tokens >= sequence.sampling.min_tokens:
+            return []
+        return sorted(self.eos_token_ids | set(sequence.sampling.stop_token_ids))
+
+
+def _leaves_any(row: Tensor, banned: list[int]) -> bool:
+    """Whether a row has possible tokens besides these."""
+    possible = row > -torch.inf
+    possible[[token_id for token_id in banned if token_id < len(row)]] = False
+    return bool(possible.any())

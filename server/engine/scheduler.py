@@ -1,82 +1,24 @@
 """Which sequences compute which tokens in the next step, and what follows from the tokens sampled.
 
-One budget per step is shared by decodes (first), prefill chunks of running sequences, and newly admitted ones, first come first
-served: a number of tokens and, so that a long prompt does not stall everybody's next token, a cost that stands for time.
+One budget per step is shared by decodes (first), prefill chunks of running sequences, and newly admitted ones, in the order of
+their ranks: a number of tokens and, so that a long prompt does not stall everybody's next token, a cost that stands for time.
 
 Admission is optimistic: a sequence needs blocks for the tokens it has, not for those it may generate. When a running sequence
-finds no block, the youngest running one is preempted: its blocks are freed and it is computed anew later, the prefix cache
+finds no block, the running one of the last rank is preempted: its blocks are freed and it is computed anew later, the prefix cache
 permitting with little work. A sequence alone always fits: the pool holds max_model_len tokens at least.
 """
 
 from __future__ import annotations
 
-import math
-from collections import deque
+import itertools
+from bisect import insort
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from server.engine.block_manager import BlockManager
 from server.engine.sequence import Sequence, SequenceStatus
-from server.types import FinishReason, StepStats, TokenEvent
-
-MIN_CHUNK = 16
-"""Tokens that a prompt advances by in a step even when decodes have used up the cost: nothing starves."""
-
-
-@dataclass(frozen=True, slots=True)
-class StepBudget:
-    """What one step may hold. The unit of cost is one token's linear layers; attending to `balanced_context` keys costs as much
-    again. An infinite `max_cost` leaves the number of tokens as the only limit."""
-
-    max_tokens: int
-    max_cost: float = math.inf
-    balanced_context: float = math.inf
-
-    def cost(self, start: int, num_tokens: int) -> float:
-        """Of computing `num_tokens` tokens from position `start` on."""
-        return num_tokens * (1.0 + (start + num_tokens / 2) / self.balanced_context)
-
-    def affordable(self, start: int, cost: float) -> int:
-        """The most tokens from `start` on whose cost is at most `cost`, and MIN_CHUNK at least."""
-        if math.isinf(cost):
-            return self.max_tokens
-        if math.isinf(self.balanced_context):
-            return max(MIN_CHUNK, int(cost))
-        slope = 1.0 + start / self.balanced_context
-        root = math.sqrt(slope * slope + 2.0 * max(cost, 0.0) / self.balanced_context)
-        return max(MIN_CHUNK, int((root - slope) * self.balanced_context))
-
-
-@dataclass(frozen=True, slots=True)
-class ScheduledSequence:
-    """`num_new_tokens` tokens of the sequence from position `start` on are computed in this step."""
-
-    sequence: Sequence
-    start: int
-    num_new_tokens: int
-
-    @property
-    def is_last_chunk(self) -> bool:
-        """The newest token is computed, so this sequence samples."""
-        return self.start + self.num_new_tokens == self.sequence.num_tokens
-
-
-@dataclass(frozen=True, slots=True)
-class ScheduledBatch:
-    """A step. Rows of logits belong to `sampling`, in that order."""
-
-    entries: list[ScheduledSequence]
-    num_prefix_queries: int
-    num_prefix_hits: int
-    num_preemptions: int
-
-    @property
-    def sampling(self) -> list[Sequence]:
-        return [entry.sequence for entry in self.entries if entry.is_last_chunk]
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(entry.num_new_tokens for entry in self.entries)
+from server.engine.step import ScheduledBatch, Step, StepBudget
+from server.types import FinishReason, StepStats, TokenEvent, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,47 +26,17 @@ class SampledToken:
     """What the runner gives back for one row: a token, or None where the logits were not finite."""
 
     token_id: int | None
-
-
-class _Step:
-    """A step being filled."""
-
-    def __init__(self, budget: StepBudget) -> None:
-        self.budget = budget
-        self.entries: list[ScheduledSequence] = []
-        self._tokens_left = budget.max_tokens
-        self._cost_left = budget.max_cost
-
-    @property
-    def is_full(self) -> bool:
-        """Also once the cost is used up by a chunk: MIN_CHUNK is for the first one."""
-        return self._tokens_left == 0 or (self._cost_left <= 0 and not self._only_decodes)
-
-    @property
-    def _only_decodes(self) -> bool:
-        return all(entry.sequence.is_decoding for entry in self.entries)
-
-    def add(self, sequence: Sequence) -> None:
-        start = sequence.num_computed_tokens
-        affordable = self.budget.affordable(start, self._cost_left)
-        num_new_tokens = min(sequence.num_uncomputed_tokens, self._tokens_left, affordable)
-        self.entries.append(ScheduledSequence(sequence, start, num_new_tokens))
-        self._charge(self.entries[-1], 1)
-
-    def remove(self, sequence: Sequence) -> None:
-        """Takes a preempted sequence out again, if it is in."""
-        for entry in self.entries:
-            if entry.sequence is sequence:
-                self._charge(entry, -1)
-        self.entries = [entry for entry in self.entries if entry.sequence is not sequence]
-
-    def _charge(self, entry: ScheduledSequence, sign: int) -> None:
-        self._tokens_left -= sign * entry.num_new_tokens
-        self._cost_left -= sign * self.budget.cost(entry.start, entry.num_new_tokens)
+    logprob: TokenLogprob | None = None
+    error: str | None = None  # where the request's own rules left nothing to choose
 
 
 class Scheduler:
-    """Two queues and a block manager. `schedule`, compute, `postprocess`; `add` and `finish` in between."""
+    """Two queues and a block manager. `schedule`, compute, `postprocess`; `add` and `finish` in between.
+
+    Who comes first goes first; with `priority_aging_seconds`, whoever has the lower priority less one level for every so many
+    seconds since arrival. As all age alike, the order of two requests never changes: one of priority p is passed over only
+    by requests of priority q < p that arrive less than (p - q) * `priority_aging_seconds` after it.
+    """
 
     def __init__(
         self,
@@ -133,6 +45,7 @@ class Scheduler:
         budget: StepBudget,
         max_model_len: int,
         eos_token_ids: frozenset[int],
+        priority_aging_seconds: float | None = None,
     ) -> None:
         assert 0 < max_num_seqs <= budget.max_tokens
         assert block_manager.num_blocks * block_manager.block_size >= max_model_len
@@ -141,28 +54,34 @@ class Scheduler:
         self.budget = budget
         self.max_model_len = max_model_len
         self.eos_token_ids = eos_token_ids
-        self.waiting: deque[Sequence] = deque()
+        self.priority_aging_seconds = priority_aging_seconds
+        self._arrivals = itertools.count()
+        self.waiting: list[Sequence] = []  # by rank
         self.running: list[Sequence] = []
 
     def add(self, sequence: Sequence) -> None:
         assert sequence.num_prompt_tokens < self.max_model_len
-        self.waiting.append(sequence)
+        time = 0.0
+        if self.priority_aging_seconds is not None:
+            time = sequence.request.arrival_time + sequence.request.priority * self.priority_aging_seconds
+        sequence.rank = time, next(self._arrivals)
+        insort(self.waiting, sequence, key=lambda other: other.rank)
 
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
 
     # Before the step.
     def schedule(self, now: float) -> ScheduledBatch:
-        step = _Step(self.budget)
+        step = Step(self.budget, self.max_num_seqs)
         num_preemptions = 0
-        # Decodes before chunks; within each, the order of admission. Preemption takes from the end of `running`.
+        # Decodes before chunks; within each, the order of admission. Preemption takes the one of the last rank.
         for sequence in sorted(self.running, key=lambda s: not s.is_decoding):
             if step.is_full:
                 break
             if sequence.status is not SequenceStatus.RUNNING:
                 continue  # preempted by an earlier one in this very loop
             while not self.block_manager.can_extend(sequence):
-                victim = self._preempt_youngest()
+                victim = self._preempt_last()
                 step.remove(victim)
                 num_preemptions += 1
                 if victim is sequence:
@@ -188,7 +107,8 @@ class Scheduler:
         for index, sequence in enumerate(self.waiting):
             if self._waits_for_sibling(sequence):
                 continue
-            prefix = self.block_manager.find_prefix(sequence)
+            # What the cache holds is not computed, and so cannot be scored.
+            prefix = [] if sequence.num_unscored_tokens else self.block_manager.find_prefix(sequence)
             if not self.block_manager.can_allocate(sequence, prefix):
                 return None
             del self.waiting[index]
@@ -208,12 +128,13 @@ class Scheduler:
             return False
         return any(other.request.group_id == group and other.num_computed_tokens < shared for other in self.running)
 
-    def _preempt_youngest(self) -> Sequence:
-        victim = self.running.pop()
+    def _preempt_last(self) -> Sequence:
+        victim = max(self.running, key=lambda sequence: sequence.rank)
+        self.running.remove(victim)
         self.block_manager.free(victim)
         victim.status = SequenceStatus.WAITING
         victim.num_preemptions += 1
-        self.waiting.appendleft(victim)
+        insort(self.waiting, victim, key=lambda other: other.rank)
         return victim
 
     # After the step.
@@ -236,16 +157,30 @@ class Scheduler:
         return events
 
     def _append(self, sequence: Sequence, row: SampledToken, now: float) -> TokenEvent:
+        error = row.error
+        if error is None and row.token_id is not None and sequence.matcher is not None:
+            error = None if sequence.matcher.accept(row.token_id) else sequence.matcher.error
+        if error is not None:
+            event = self.finish(sequence, FinishReason.ERROR, now, error=error)
+            return replace(event, is_request_fault=True)
         if row.token_id is None:
             return self.finish(sequence, FinishReason.ERROR, now, error="the model's logits were not finite")
         sequence.token_ids.append(row.token_id)
-        if sequence.first_token is None:
+        is_first = sequence.first_token is None
+        if is_first:
             sequence.first_token = now
         reason = sequence.finish_reason(self.max_model_len, self.eos_token_ids)
         if reason is None:
-            return TokenEvent(sequence.request_id, [row.token_id], sequence.num_cached_tokens)
-        stop_token_id = row.token_id if reason is FinishReason.STOP else None
-        return self.finish(sequence, reason, now, token_ids=[row.token_id], stop_token_id=stop_token_id)
+            timings = sequence.timings(now) if is_first else None
+            event = TokenEvent(sequence.request_id, [row.token_id], sequence.num_cached_tokens, timings=timings)
+        else:
+            stop_token_id = sequence.stop_token_id(self.eos_token_ids) if reason is FinishReason.STOP else None
+            event = self.finish(sequence, reason, now, token_ids=[row.token_id], stop_token_id=stop_token_id)
+        if row.logprob is not None:
+            event = replace(event, logprobs=[row.logprob])
+        if is_first and sequence.sampling.num_prompt_logprobs is not None:
+            event = replace(event, prompt_logprobs=sequence.prompt_logprobs)
+        return event
 
     def finish(
         self,

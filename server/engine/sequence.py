@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TYPE_CHECKING
 
-from server.types import FinishReason, GenerateRequest, RequestTimings, SamplingParams
+from server.types import FinishReason, GenerateRequest, RequestTimings, SamplingParams, TokenLogprob
+
+if TYPE_CHECKING:  # they need torch, which nothing else here does
+    from server.engine.logits import LogitRules
+    from server.engine.matcher import GrammarMatcher
 
 
 class SequenceStatus(Enum):
@@ -30,10 +35,16 @@ class Sequence:
     status: SequenceStatus = SequenceStatus.WAITING
     first_scheduled: float | None = None
     first_token: float | None = None
+    rules: LogitRules | None = None  # made by the sampler where the request has any
+    matcher: GrammarMatcher | None = None
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # of prompt tokens 1 on, as far as computed
+    rank: tuple[float, int] = (0.0, 0)  # the scheduler's: the lesser goes first
+    has_rules: bool = field(init=False)
 
     def __post_init__(self) -> None:
         assert self.token_ids, "a sequence has at least one prompt token"
         assert 0 <= self.num_computed_tokens <= len(self.token_ids)
+        self.has_rules = self.request.sampling.changes_logits
 
     @property
     def request_id(self) -> str:
@@ -60,6 +71,13 @@ class Sequence:
         return self.num_tokens - self.num_computed_tokens
 
     @property
+    def num_unscored_tokens(self) -> int:
+        """Prompt tokens whose log probabilities are asked for and not known yet."""
+        if self.sampling.num_prompt_logprobs is None:
+            return 0
+        return self.num_prompt_tokens - 1 - len(self.prompt_logprobs)
+
+    @property
     def is_decoding(self) -> bool:
         """Only the newest token is left to compute: the next step samples one."""
         return self.num_uncomputed_tokens == 1
@@ -67,6 +85,8 @@ class Sequence:
     def finish_reason(self, max_model_len: int, eos_token_ids: frozenset[int]) -> FinishReason | None:
         """Whether the newest output token ends the sequence."""
         sampling, token = self.sampling, self.token_ids[-1]
+        if self.matcher is not None and self.matcher.is_complete:
+            return FinishReason.STOP
         if self.num_output_tokens >= sampling.min_tokens:
             if token in sampling.stop_token_ids:
                 return FinishReason.STOP
@@ -75,6 +95,11 @@ class Sequence:
         if self.num_output_tokens >= sampling.max_tokens or self.num_tokens >= max_model_len:
             return FinishReason.LENGTH
         return None
+
+    def stop_token_id(self, eos_token_ids: frozenset[int]) -> int | None:
+        """The newest token where it is one that ends outputs, and is no part of their text."""
+        token = self.token_ids[-1]
+        return token if token in eos_token_ids or token in self.sampling.stop_token_ids else None
 
     def timings(self, now: float) -> RequestTimings:
         return RequestTimings(

@@ -59,6 +59,9 @@ def test_every_option_comes_from_every_source(option, tmp_path: Path) -> None:  
         "cpu-activations": "int16",
         "lm-head-dtype": "fp16",
         "kv-cache-dtype": "int8",
+        "tool-call-parser": "mistral",
+        "scheduling-policy": "priority",
+        "reasoning-parser": "think",
     }
     text = samples.get(option.name, "true" if option.is_flag else "16")
     if option.is_flag and option.default:
@@ -185,12 +188,23 @@ def test_sampling_defaults(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
     assert load_sampling_defaults(tmp_path, "auto") == SamplingDefaults()
     file = tmp_path / "generation_config.json"
     file.write_text(
-        json.dumps({"temperature": 0.6, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.1, "do_sample": True})
+        json.dumps(
+            {
+                "temperature": 0.6,
+                "top_k": 20,
+                "top_p": 0.95,
+                "repetition_penalty": 1.1,
+                "typical_p": 0.9,
+                "do_sample": True,
+            }
+        )
     )
-    assert load_sampling_defaults(tmp_path, "auto") == SamplingDefaults(0.6, 0.95, 20)
-    assert "repetition_penalty 1.1 is not supported" in caplog.text
+    assert load_sampling_defaults(tmp_path, "auto") == SamplingDefaults(0.6, 0.95, 20, repetition_penalty=1.1)
+    assert "typical_p 0.9 is not supported" in caplog.text
     assert load_sampling_defaults(tmp_path, "none") == SamplingDefaults()
-    assert load_sampling_defaults(tmp_path / "elsewhere", str(tmp_path)) == SamplingDefaults(0.6, 0.95, 20)
+    assert load_sampling_defaults(tmp_path / "elsewhere", str(tmp_path)) == SamplingDefaults(
+        0.6, 0.95, 20, repetition_penalty=1.1
+    )
     with pytest.raises(ModelFilesError, match="no such file"):
         load_sampling_defaults(tmp_path, str(tmp_path / "elsewhere"))
     for content, part in (

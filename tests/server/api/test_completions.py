@@ -214,8 +214,9 @@ def test_sampling_fields_reach_the_engine_and_defaults_fill_the_rest() -> None:
             )
             await post(edge, prompt="dog", temperature=1e-6)
             first, second, third = edge.engine.submitted
+            rest = 512 - len(TOKENIZER.encode("dog"))
             assert (first.sampling.temperature, first.sampling.top_p, first.sampling.top_k) == (0.6, 0.9, 40)
-            assert (first.sampling.min_p, first.sampling.seed, first.sampling.max_tokens) == (0.05, None, 16)
+            assert (first.sampling.min_p, first.sampling.seed, first.sampling.max_tokens) == (0.05, None, rest)
             assert (second.sampling.temperature, second.sampling.top_p, second.sampling.top_k) == (0, 0.5, 0)
             assert (second.sampling.min_p, second.sampling.seed, second.cache_key) == (0.1, 2**63 - 1, "a")
             assert third.sampling.temperature == 0.01
@@ -237,7 +238,7 @@ def test_values_that_ask_for_nothing_are_accepted() -> None:
         "best_of": 1, "suffix": None, "logprobs": None, "presence_penalty": 0, "frequency_penalty": 0.0,
         "repetition_penalty": 1.0, "logit_bias": {}, "n": 1, "stop": None, "stream": False, "stream_options": None,
         "user": "someone", "prompt_logprobs": None, "use_beam_search": False, "length_penalty": 1, "priority": 0,
-        "top_k": -1, "min_p": 0, "seed": None, "max_tokens": None, "temperature": None, "echo": False,
+        "top_k": -1, "min_p": 0, "seed": None, "max_tokens": 16, "temperature": None, "echo": False,
     }  # fmt: skip
 
     async def check() -> None:

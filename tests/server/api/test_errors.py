@@ -11,6 +11,7 @@ import pytest
 from tests.server.fakes import Edge, echo_engine, running_edge
 
 # (body of /v1/completions less its prompt, the field named, a part of the message)
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "[]"}}
 BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": 5}, "prompt", "must be a string"),
     ({"prompt": None}, "prompt", "must be a string"),
@@ -49,17 +50,31 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"stop": 3}, "stop", "must be a string or a list of strings"),
     ({"stop": [3]}, "stop", "must be a string or a list of strings"),
     ({"stop_token_ids": [400]}, "stop_token_ids", "outside the vocabulary"),
-    ({"min_tokens": 17}, "min_tokens", "at most max_tokens (16)"),
+    ({"max_tokens": 16, "min_tokens": 17}, "min_tokens", "at most max_tokens (16)"),
+    ({"allowed_token_ids": [400]}, "allowed_token_ids", "outside the vocabulary"),
+    ({"allowed_token_ids": []}, "allowed_token_ids", "at least 1"),
+    ({"bad_words": [""]}, "bad_words.0", "at least 1 character"),
+    ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs", "not available with stream"),
+    ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "-1 or at least 1"),
+    ({"typical_p": 0.5}, "typical_p", "unknown or unsupported"),
+    ({"priority": 1}, "priority", "--scheduling-policy priority"),
+    ({"priority": 1001}, "priority", "less than or equal"),
     ({"stream": "yes"}, "stream", "boolean"),
     ({"stream_options": {"include_usage": True}}, "stream_options", "only allowed when stream is true"),
     ({"stream": True, "stream_options": {"usage": True}}, "stream_options.usage", "unknown"),
-    ({"logprobs": 1}, "logprobs", "not supported"),
+    ({"logprobs": 21}, "logprobs", "less than or equal to 20"),
     ({"best_of": 2}, "best_of", "not supported; leave it out or send null or 1"),
     ({"best_of": True}, "best_of", "not supported"),
     ({"suffix": "x"}, "suffix", "not supported"),
-    ({"presence_penalty": 0.5}, "presence_penalty", "not supported"),
-    ({"logit_bias": {"5": 1}}, "logit_bias", "not supported"),
-    ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
+    ({"presence_penalty": 2.5}, "presence_penalty", "less than or equal to 2"),
+    ({"repetition_penalty": 0}, "repetition_penalty", "greater than or equal to 0.01"),
+    ({"logit_bias": {"400": 1}}, "logit_bias", "token ids from 0 to 399"),
+    ({"logit_bias": {"dog": 1}}, "logit_bias", "token ids"),
+    ({"logit_bias": {"5": 101}}, "logit_bias.5", "less than or equal to 100"),
+    ({"response_format": {"type": "xml"}}, "response_format", "does not match any of the expected tags"),
+    ({"structured_outputs": {}}, "structured_outputs", "exactly one of"),
+    ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs", "exactly one of"),
+    ({"structured_outputs": {"regx": "a"}}, "structured_outputs.regx", "unknown"),
     ({"guided_json": {}}, "guided_json", "unknown or unsupported field"),
     ({"max_completion_tokens": 5}, "max_completion_tokens", "unknown or unsupported field"),
     ({"model": 5}, "model", "string"),
@@ -109,11 +124,13 @@ def test_all_bad_fields_are_named_at_once() -> None:
     ("message", "field"),
     [
         ({"role": "user"}, "messages.0.content"),
-        ({"role": "tool", "content": "x"}, "messages.0.role"),
+        ({"role": "judge", "content": "x"}, "messages.0.role"),
         ({"role": "user", "content": 5}, "messages.0.content"),
         ({"role": "user", "content": None}, "messages.0.content"),
         ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, "messages.0.content.0.type"),
-        ({"role": "assistant", "content": "x", "tool_calls": [{}]}, "messages.0.tool_calls"),
+        ({"role": "assistant", "content": "x", "tool_calls": [{}]}, "messages.0.tool_calls.0.id"),
+        ({"role": "user", "content": "x", "tool_calls": [CALL]}, "messages.0.tool_calls"),
+        ({"role": "assistant", "content": "x", "tool_calls": [CALL]}, "messages.0.tool_calls"),
         ("hi", "messages.0"),
     ],
 )
@@ -128,9 +145,8 @@ def test_bad_messages_are_named(message: Any, field: str) -> None:
 
 def test_chat_fields_that_come_later_are_refused_by_name() -> None:
     unsupported = {
-        "tools": [{"type": "function"}], "tool_choice": "required", "response_format": {"type": "json_object"},
-        "logprobs": True, "top_logprobs": 3, "functions": [{}], "modalities": ["audio"], "store": True,
-        "reasoning_effort": "low", "chat_template": "x", "continue_final_message": True,
+        "functions": [{}], "modalities": ["audio"], "store": True,
+        "reasoning_effort": "low", "chat_template": "x", "echo": True,
     }  # fmt: skip
     messages = [{"role": "user", "content": "hi"}]
 
@@ -140,6 +156,8 @@ def test_chat_fields_that_come_later_are_refused_by_name() -> None:
                 error = await refused(edge, "/v1/chat/completions", 400, json={"messages": messages, field: value})
                 assert error["param"] == field
                 assert "not supported" in error["message"]
+            error = await refused(edge, "/v1/chat/completions", 400, json={"messages": messages, "top_logprobs": 3})
+            assert error["message"] == "top_logprobs: only allowed when logprobs is true"
             error = await refused(edge, "/v1/chat/completions", 400, json={"messages": []})
             assert error["param"] == "messages"
 

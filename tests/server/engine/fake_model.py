@@ -14,7 +14,8 @@ from kernels.backend import ForwardBatch
 from server.engine.batch import fill_forward_batch
 from server.engine.block_manager import BlockManager
 from server.engine.engine import Engine
-from server.engine.scheduler import SampledToken, ScheduledBatch, Scheduler, StepBudget
+from server.engine.scheduler import SampledToken, Scheduler
+from server.engine.step import ScheduledBatch, StepBudget
 from server.types import EngineInfo, FinishReason, GenerateRequest, SamplingParams, TokenEvent
 
 VOCABULARY = 997
@@ -80,10 +81,16 @@ def make_engine(
     enable_prefix_caching: bool = True,
     eos_token_ids: frozenset[int] = frozenset(),
     cost: dict[str, float] | None = None,
+    priority_aging_seconds: float | None = None,
 ) -> Engine:
     manager = BlockManager(num_blocks, block_size, enable_prefix_caching)
     scheduler = Scheduler(
-        manager, max_num_seqs, StepBudget(max_num_batched_tokens, **(cost or {})), max_model_len, eos_token_ids
+        manager,
+        max_num_seqs,
+        StepBudget(max_num_batched_tokens, **(cost or {})),
+        max_model_len,
+        eos_token_ids,
+        priority_aging_seconds,
     )
     runner = FakeRunner(num_blocks, block_size, max_num_batched_tokens, max_num_seqs, max_model_len)
     info = EngineInfo(0, max_model_len, num_blocks, block_size, "fake")

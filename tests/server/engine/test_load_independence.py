@@ -34,7 +34,7 @@ def recorded_logits(engine: Engine) -> Iterator[Digests]:
             key = (sequence.request_id, sequence.num_output_tokens)
             digest = hashlib.sha256(row.contiguous().numpy().tobytes()).hexdigest()
             assert digests.setdefault(key, digest) == digest
-        mask(sequences, logits)
+        return mask(sequences, logits)
 
     engine.runner.sampler.mask = recording  # type: ignore[method-assign]
     try:

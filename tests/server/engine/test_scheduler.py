@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from server.engine.scheduler import MIN_CHUNK, StepBudget
+from server.engine.step import MIN_CHUNK, StepBudget
 from server.types import AbortReason, FinishReason
 from tests.server.engine.fake_model import expected_output, make_engine, reason_of, request, run_to_end, tokens_of
 

@@ -1,0 +1,117 @@
+"""What one step computes, and how much it may hold."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from server.engine.sequence import Sequence
+
+MIN_CHUNK = 16
+"""Tokens that a prompt advances by in a step even when decodes have used up the cost: nothing starves."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepBudget:
+    """What one step may hold. The unit of cost is one token's linear layers; attending to `balanced_context` keys costs as much
+    again. An infinite `max_cost` leaves the number of tokens as the only limit."""
+
+    max_tokens: int
+    max_cost: float = math.inf
+    balanced_context: float = math.inf
+
+    def cost(self, start: int, num_tokens: int) -> float:
+        """Of computing `num_tokens` tokens from position `start` on."""
+        return num_tokens * (1.0 + (start + num_tokens / 2) / self.balanced_context)
+
+    def affordable(self, start: int, cost: float) -> int:
+        """The most tokens from `start` on whose cost is at most `cost`, and MIN_CHUNK at least."""
+        if math.isinf(cost):
+            return self.max_tokens
+        if math.isinf(self.balanced_context):
+            return max(MIN_CHUNK, int(cost))
+        slope = 1.0 + start / self.balanced_context
+        root = math.sqrt(slope * slope + 2.0 * max(cost, 0.0) / self.balanced_context)
+        return max(MIN_CHUNK, int((root - slope) * self.balanced_context))
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledSequence:
+    """`num_new_tokens` tokens of the sequence from position `start` on are computed in this step."""
+
+    sequence: Sequence
+    start: int
+    num_new_tokens: int
+
+    @property
+    def is_last_chunk(self) -> bool:
+        """The newest token is computed, so this sequence samples."""
+        return self.start + self.num_new_tokens == self.sequence.num_tokens
+
+    @property
+    def scored(self) -> range:
+        """Positions of this step whose logits tell how likely the prompt's next token is, where the request asks for that."""
+        sequence = self.sequence
+        if not sequence.num_unscored_tokens:
+            return range(0)
+        end = min(self.start + self.num_new_tokens, sequence.num_prompt_tokens - 1)
+        return range(max(self.start, len(sequence.prompt_logprobs)), end)
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledBatch:
+    """A step. Rows of logits belong to `sampling`, in that order, and then to the entries' `scored` positions."""
+
+    entries: list[ScheduledSequence]
+    num_prefix_queries: int
+    num_prefix_hits: int
+    num_preemptions: int
+
+    @property
+    def sampling(self) -> list[Sequence]:
+        return [entry.sequence for entry in self.entries if entry.is_last_chunk]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(entry.num_new_tokens for entry in self.entries)
+
+
+class Step:
+    """A step being filled."""
+
+    def __init__(self, budget: StepBudget, max_rows: int) -> None:
+        self.budget = budget
+        self.entries: list[ScheduledSequence] = []
+        self._rows_left = max_rows  # of logits
+        self._tokens_left = budget.max_tokens
+        self._cost_left = budget.max_cost
+
+    @property
+    def is_full(self) -> bool:
+        """Also once the cost is used up by a chunk: MIN_CHUNK is for the first one."""
+        return self._tokens_left == 0 or self._rows_left <= 0 or (self._cost_left <= 0 and not self._only_decodes)
+
+    @property
+    def _only_decodes(self) -> bool:
+        return all(entry.sequence.is_decoding for entry in self.entries)
+
+    def add(self, sequence: Sequence) -> None:
+        start = sequence.num_computed_tokens
+        affordable = self.budget.affordable(start, self._cost_left)
+        num_new_tokens = min(sequence.num_uncomputed_tokens, self._tokens_left, affordable)
+        if sequence.num_unscored_tokens:  # each of its tokens takes a row: half of them stay for others
+            num_new_tokens = min(num_new_tokens, max(1, self._rows_left // 2))
+        self.entries.append(ScheduledSequence(sequence, start, num_new_tokens))
+        self._charge(self.entries[-1], 1)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Takes a preempted sequence out again, if it is in."""
+        for entry in self.entries:
+            if entry.sequence is sequence:
+                self._charge(entry, -1)
+        self.entries = [entry for entry in self.entries if entry.sequence is not sequence]
+
+    def _charge(self, entry: ScheduledSequence, sign: int) -> None:
+        self._tokens_left -= sign * entry.num_new_tokens
+        self._cost_left -= sign * self.budget.cost(entry.start, entry.num_new_tokens)
+        self._rows_left -= sign * (entry.num_new_tokens if entry.sequence.num_unscored_tokens else 1)
