@@ -43,7 +43,7 @@ def measure_prefill(engine: Engine, length: int, vocabulary: int, repetitions: i
     for repetition in range(repetitions + 1):
         prompt = random_prompt(generator, length, vocabulary)
         started = time.perf_counter()
-        engine.submit(_request(f"prefill-{repetition}", prompt, 1))
+        engine.submit(greedy_request(f"prefill-{repetition}", prompt, 1))
         while engine.has_work():
             engine.step()
         seconds.append(time.perf_counter() - started)
@@ -57,7 +57,7 @@ def measure_decode(
     generator = random.Random(batch_size)
     for index in range(batch_size):
         prompt = random_prompt(generator, context, vocabulary)
-        engine.submit(_request(f"decode-{batch_size}-{profile}-{index}", prompt, 10 * steps + 200))
+        engine.submit(greedy_request(f"decode-{batch_size}-{profile}-{index}", prompt, 10 * steps + 200))
     running = engine.scheduler.running
     while len(running) < batch_size or not all(sequence.is_decoding for sequence in running):
         engine.step()
@@ -87,7 +87,7 @@ def measure_decode(
     return DecodeResult(batch_size, batch_size / median, median * 1e3, shares)
 
 
-def _request(request_id: str, prompt: list[int], max_tokens: int) -> GenerateRequest:
+def greedy_request(request_id: str, prompt: list[int], max_tokens: int) -> GenerateRequest:
     sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
     return GenerateRequest(request_id, prompt, sampling, time.monotonic())
 

@@ -41,6 +41,7 @@ class Runner:
         max_model_len: int,
         eos_token_ids: frozenset[int],
     ) -> None:
+        self.decoder = decoder
         self.backend = backend
         self.block_size = kv_spec.block_size
         self.vocab_size = decoder.config.vocab_size
