@@ -1,5 +1,5 @@
-"""How much of the memory bandwidth decoding one sequence uses: weights read per step over the step's time, against a plain read of a
-1 GB buffer by as many threads, measured alternately.
+"""How much of the memory bandwidth decoding one sequence uses: weights read per step over the step's time, against a plain read of
+a 1 GB buffer by as many threads, measured alternately.
 
     python docs/compare/decode_bandwidth.py MODEL
 
