@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -269,6 +270,25 @@ def _write(buffer: Tensor, values: Sequence[int] | Sequence[float], row: int | N
         (buffer if row is None else buffer[row])[: len(values)] = torch.tensor(values, dtype=buffer.dtype)
 
 
+PROMPT_FLAG = 1 << 30
+"""Added to a token's count in `Penalties.history` where the token is in the prompt."""
+
+
+@dataclass(frozen=True, slots=True)
+class Penalties:
+    """What a row's own past takes from its logits z, on the back end's device.
+
+    history: int32 [vocabulary], how often each token was generated, plus PROMPT_FLAG. repetition, presence, frequency: fp32 [1].
+    Tokens of prompt or output get z / repetition where z > 0, else z * repetition; then those of the output lose frequency times
+    their count, and presence.
+    """
+
+    history: Tensor
+    repetition: Tensor
+    presence: Tensor
+    frequency: Tensor
+
+
 @dataclass(frozen=True, slots=True)
 class SampledRows:
     """What `Backend.sample` returns: token ids int32 [num_rows], and whether the row can be trusted, bool [num_rows]: no NaN,
@@ -403,8 +423,18 @@ class Backend(Protocol):
         kept token whose cumulative mass (fp64) exceeds u times the total, u = `kernels.reference.uniform(seed, index)`.
         """
 
-    def ban_tokens(self, logits: Tensor, rows: Sequence[int], token_ids: Sequence[int]) -> None:
-        """Sets logits[rows[i], token_ids[i]] to -inf for every i. No pair comes twice; ids past the vocabulary are passed over."""
+    def add_bias(self, logits: Tensor, rows: Sequence[int], token_ids: Sequence[int], values: Sequence[float]) -> None:
+        """logits[rows[i], token_ids[i]] += values[i] for every i; -inf takes a token out. No pair comes twice; ids past
+        the vocabulary are passed over."""
+
+    def prepare_penalties(self, history: Tensor, repetition: float, presence: float, frequency: float) -> Penalties:
+        """Once per request. history: int32 [vocabulary] in host memory, as `Penalties` has it."""
+
+    def adjust_row(self, row: Tensor, penalties: Penalties | None, allowed: Tensor | None) -> None:
+        """Changes one row of logits, fp32 [vocabulary], in place: penalties first, then -inf for what is not allowed.
+
+        allowed: int32 [ceil(vocabulary / 32)] in host memory; bit i of word w stands for token 32 w + i.
+        """
 
 
 class HostBackend:
@@ -421,10 +451,25 @@ class HostBackend:
         forward = ForwardBatch.allocate(max_tokens, max_sequences, max_blocks_per_sequence, max_rows, self.device)
         return forward, SamplingBatch.allocate(max_rows, self.device)
 
-    def ban_tokens(self, logits: Tensor, rows: Sequence[int], token_ids: Sequence[int]) -> None:
-        pairs = [(row, token) for row, token in zip(rows, token_ids, strict=True) if token < logits.shape[1]]
-        if pairs:
-            logits[[row for row, _ in pairs], [token for _, token in pairs]] = -float("inf")
+    def add_bias(self, logits: Tensor, rows: Sequence[int], token_ids: Sequence[int], values: Sequence[float]) -> None:
+        entries = [entry for entry in zip(rows, token_ids, values, strict=True) if entry[1] < logits.shape[1]]
+        if entries:
+            at = torch.tensor([entry[:2] for entry in entries]).unbind(1)
+            logits.index_put_(at, torch.tensor([entry[2] for entry in entries]), accumulate=True)
+
+    def prepare_penalties(self, history: Tensor, repetition: float, presence: float, frequency: float) -> Penalties:
+        return Penalties(history, *torch.tensor([repetition, presence, frequency], dtype=torch.float32).split(1))
+
+    def adjust_row(self, row: Tensor, penalties: Penalties | None, allowed: Tensor | None) -> None:
+        if penalties is not None:
+            generated = penalties.history & (PROMPT_FLAG - 1)
+            scaled = torch.where(row > 0, row / penalties.repetition, row * penalties.repetition)
+            torch.where(penalties.history != 0, scaled, row, out=row)
+            row.sub_(generated * penalties.frequency)
+            row.sub_((generated > 0) * penalties.presence)
+        if allowed is not None:
+            bits = np.unpackbits(allowed.numpy().view(np.uint8), count=row.shape[0], bitorder="little")
+            row.masked_fill_(torch.from_numpy(bits == 0), -float("inf"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from kernels.backend import (
     KVCache,
     KVCacheSpec,
     LinearInput,
+    Penalties,
     PreparedEmbedding,
     PreparedLinear,
     QKNorm,
@@ -446,13 +447,32 @@ class GpuBackend:
         ticket = self.gpu.download(host, result)
         return GpuSampledRows(result[0, :num_rows], result[1, :num_rows], self.gpu, host, ticket)
 
-    def ban_tokens(self, logits: Tensor, rows: Sequence[int], token_ids: Sequence[int]) -> None:
-        host = self.gpu.host_buffer((2, len(rows)), torch.int32)
-        host.copy_(torch.tensor([list(rows), list(token_ids)], dtype=torch.int32))
-        pairs = torch.empty(2, len(rows), dtype=torch.int32, device=self.device)
-        self.gpu.upload(pairs, host)
-        bias = torch.full((len(rows),), -float("inf"), dtype=torch.float32, device=self.device)
-        sampling.add_bias(logits, pairs[0], pairs[1], bias)
+    def add_bias(self, logits: Tensor, rows: Sequence[int], token_ids: Sequence[int], values: Sequence[float]) -> None:
+        if not rows:
+            return
+        bias = torch.tensor(values, dtype=torch.float32).view(torch.int32)
+        entries = self._uploaded(torch.stack((torch.tensor(rows).int(), torch.tensor(token_ids).int(), bias)))
+        sampling.add_bias(logits, entries[0], entries[1], entries[2].view(torch.float32))
+
+    def prepare_penalties(self, history: Tensor, repetition: float, presence: float, frequency: float) -> Penalties:
+        factors = torch.tensor([repetition, presence, frequency], dtype=torch.float32).view(torch.int32)
+        return Penalties(self._uploaded(history), *self._uploaded(factors).view(torch.float32).split(1))
+
+    def adjust_row(self, row: Tensor, penalties: Penalties | None, allowed: Tensor | None) -> None:
+        mask = None if allowed is None else self._uploaded(allowed[None])
+        if penalties is None:
+            sampling.adjust_logits(row[None], None, None, None, None, mask)
+        else:
+            p = penalties
+            sampling.adjust_logits(row[None], p.history[None], p.repetition, p.presence, p.frequency, mask)
+
+    def _uploaded(self, values: Tensor) -> Tensor:
+        """An int32 tensor on the device, by way of pinned memory: without waiting."""
+        host = self.gpu.host_buffer(tuple(values.shape), torch.int32)
+        host.copy_(values)
+        target = torch.empty(values.shape, dtype=torch.int32, device=self.device)
+        self.gpu.upload(target, host)
+        return target
 
 
 def _fuse(parts: list[PackedAwq | Tensor]) -> tuple[PackedAwq | Tensor, ...]:

@@ -7,11 +7,9 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import llguidance
-import numpy as np
-import torch
-from torch import Tensor
 
 from server.engine.sequence import Sequence
+from server.engine.token_mask import TokenMask
 from server.grammar import load_grammar_tokenizer
 
 _MAX_CACHED = 64  # grammars in their starting state
@@ -37,16 +35,10 @@ class GrammarMatcher:
         """Moves on by one output token. False when the grammar has failed; `error` says why."""
         return self._matcher.consume_token(token_id)
 
-    def mask(self, row: Tensor) -> bool:
-        """Takes every token that may not come next out of a row of logits, in place. False when the grammar has failed."""
-        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
-        if self.error:
-            return False
-        allowed = np.unpackbits(bits, bitorder="little")[: row.shape[0]]
-        banned = torch.from_numpy(allowed == 0)
-        row[: len(allowed)].masked_fill_(banned.to(row.device), -torch.inf)
-        row[len(allowed) :] = -torch.inf
-        return True
+    def allowed(self, vocab_size: int) -> TokenMask | None:
+        """The tokens that may come next. None when the grammar has failed."""
+        bits = self._matcher.compute_bitmask()
+        return None if self.error else TokenMask.from_bytes(bits, vocab_size)
 
 
 class GrammarFactory:

@@ -13,6 +13,7 @@ from server.engine.batch import fill_forward_batch
 from server.engine.logits import Scores
 from server.engine.sampler import Sampler
 from server.engine.scheduler import SampledToken
+from server.engine.sequence import Sequence
 from server.engine.step import ScheduledBatch
 from server.models.decoder import Decoder
 
@@ -21,11 +22,12 @@ WARM_UP_TOKENS = 64
 
 @dataclass(frozen=True, slots=True)
 class StepHandle:
-    """A launched step. `scores` and `errors` are by row."""
+    """A launched step. `scores` and `errors` are by row; `prompt_scores` tells of a position what it says of the next token."""
 
     sampled: SampledRows | None
     scores: dict[int, Scores]
     errors: dict[int, str]
+    prompt_scores: list[tuple[Sequence, int, Scores]]
 
 
 class Runner:
@@ -72,31 +74,29 @@ class Runner:
         sampling = self.sampler.fill(sequences)
         logits: Tensor = self.program.run()
         num_rows = len(sequences)
-        if logits.shape[0] > num_rows:
-            self._score_prompts(scheduled, logits[num_rows:])
+        prompt_scores = self._score_prompts(scheduled, logits[num_rows:])
         if not sequences:
-            return StepHandle(None, {}, {})
+            return StepHandle(None, {}, {}, prompt_scores)
         rows = logits[:num_rows]
         scores = {
             row: Scores(rows[row], sequence.sampling.num_logprobs)
             for row, sequence in enumerate(sequences)
             if sequence.sampling.num_logprobs is not None
         }
-        errors = self.sampler.mask(sequences, rows)
-        return StepHandle(self.backend.sample(rows, sampling), scores, errors)
+        errors = self.sampler.apply_rules(sequences, rows)
+        return StepHandle(self.backend.sample(rows, sampling), scores, errors, prompt_scores)
 
-    def _score_prompts(self, scheduled: ScheduledBatch, logits: Tensor) -> None:
-        """Adds what these rows say of their prompts' next tokens."""
-        row = 0
-        for entry in scheduled.entries:
-            sequence = entry.sequence
-            for position in entry.scored:
-                scores = Scores(logits[row], sequence.sampling.num_prompt_logprobs or 0)
-                sequence.prompt_logprobs.append(scores.of(sequence.token_ids[position + 1]))
-                row += 1
+    def _score_prompts(self, scheduled: ScheduledBatch, logits: Tensor) -> list[tuple[Sequence, int, Scores]]:
+        scored = [(entry.sequence, position) for entry in scheduled.entries for position in entry.scored]
+        return [
+            (sequence, position, Scores(logits[row], sequence.sampling.num_prompt_logprobs or 0))
+            for row, (sequence, position) in enumerate(scored)
+        ]
 
     def collect(self, handle: StepHandle) -> list[SampledToken]:
-        """One entry per sequence of the step's `sampling`."""
+        """One entry per sequence of the step's `sampling`. Scored prompts get what was found out about them."""
+        for sequence, position, scores in handle.prompt_scores:
+            sequence.prompt_logprobs.append(scores.of(sequence.token_ids[position + 1]))
         if handle.sampled is None:
             return []
         token_ids, finite = handle.sampled.to_host()

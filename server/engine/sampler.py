@@ -1,15 +1,15 @@
-"""From sequences to the per-row sampling parameters that the back end reads, and the masks that come before it."""
+"""From sequences to the per-row sampling parameters that the back end reads, and the rules that come before it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Rows
 
-import torch
 from torch import Tensor
 
-from kernels.backend import Backend, SamplingBatch
+from kernels.backend import Backend, Penalties, SamplingBatch
 from server.engine.logits import LogitRules
 from server.engine.sequence import Sequence
+from server.engine.token_mask import TokenMask
 
 NOTHING_LEFT = "allowed_token_ids, bad_words, min_tokens and the grammar together leave no token to choose from"
 
@@ -35,32 +35,47 @@ class Sampler:
         )
         return self.batch
 
-    def mask(self, sequences: Rows[Sequence], logits: Tensor) -> dict[int, str]:
+    def apply_rules(self, sequences: Rows[Sequence], logits: Tensor) -> dict[int, str]:
         """Changes `logits` [rows, vocabulary] in place where the sequences' rules ask. Returns, by row, why nothing is left to
-        choose from where that is so."""
-        rows: list[int] = []
-        token_ids: list[int] = []
+        choose from where that is so. Waits for nothing: what is left is told from the rules, not from the logits."""
+        vocab_size = logits.shape[1]
         errors: dict[int, str] = {}
+        biases: list[tuple[int, int, float]] = []
+        adjustments: list[tuple[int, Penalties | None, TokenMask | None]] = []
         for row, sequence in enumerate(sequences):
+            allowed, bias, penalties = None, {}, None
             banned = self._banned(sequence)
             if sequence.matcher is not None:
-                if not sequence.matcher.mask(logits[row]):
+                allowed = sequence.matcher.allowed(vocab_size)
+                if allowed is None:
                     errors[row] = f"the grammar cannot go on: {sequence.matcher.error}"
                     continue
-                if banned and not _leaves_any(logits[row], banned):
+                if not allowed.has_any_besides(banned):
                     banned = []  # a grammar that has come to its end has nothing else to give
             if sequence.has_rules:
-                if sequence.rules is None:
-                    sequence.rules = LogitRules(sequence.sampling, sequence.request.prompt_token_ids)
+                rules = self._rules(sequence, vocab_size)
                 output = sequence.token_ids[sequence.num_prompt_tokens :]
-                if not sequence.rules.apply(logits[row], output, banned, sequence.matcher is not None):
-                    errors[row] = NOTHING_LEFT
-            elif banned:
-                rows += [row] * len(banned)
-                token_ids += banned
-        if rows:
-            self.backend.ban_tokens(logits, rows, token_ids)
+                bias, penalties = rules.bias(output), rules.penalties(output)
+                if rules.allowed is not None:
+                    allowed = rules.allowed if allowed is None else allowed & rules.allowed
+            bias |= dict.fromkeys(banned, -float("inf"))
+            if not _leaves_any(allowed, bias, vocab_size):
+                errors[row] = NOTHING_LEFT
+                continue
+            biases += [(row, token_id, value) for token_id, value in bias.items()]
+            if penalties is not None or allowed is not None:
+                adjustments.append((row, penalties, allowed))
+        if biases:
+            self.backend.add_bias(logits, *zip(*biases, strict=True))
+        for row, penalties, allowed in adjustments:
+            self.backend.adjust_row(logits[row], penalties, None if allowed is None else allowed.to_tensor())
         return errors
+
+    def _rules(self, sequence: Sequence, vocab_size: int) -> LogitRules:
+        if sequence.rules is None:
+            prompt = sequence.request.prompt_token_ids
+            sequence.rules = LogitRules(sequence.sampling, prompt, vocab_size, self.backend)
+        return sequence.rules
 
     def _banned(self, sequence: Sequence) -> list[int]:
         """Tokens that would end the output before `min_tokens`."""
@@ -69,8 +84,9 @@ class Sampler:
         return sorted(self.eos_token_ids | set(sequence.sampling.stop_token_ids))
 
 
-def _leaves_any(row: Tensor, banned: list[int]) -> bool:
-    """Whether a row has possible tokens besides these."""
-    possible = row > -torch.inf
-    possible[[token_id for token_id in banned if token_id < len(row)]] = False
-    return bool(possible.any())
+def _leaves_any(allowed: TokenMask | None, bias: dict[int, float], vocab_size: int) -> bool:
+    """Whether a token may come at all."""
+    banned = [token_id for token_id, value in bias.items() if value == -float("inf")]
+    if allowed is not None:
+        return allowed.has_any_besides(banned)
+    return sum(token_id < vocab_size for token_id in banned) < vocab_size

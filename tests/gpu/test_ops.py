@@ -6,9 +6,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.backend import AttentionShape, BackendOptions, KVCacheSpec, QKNorm, RotaryTable, SamplingBatch
+from kernels.backend import (
+    PROMPT_FLAG,
+    AttentionShape,
+    BackendOptions,
+    KVCacheSpec,
+    QKNorm,
+    RotaryTable,
+    SamplingBatch,
+)
 from kernels.gpu import fused, sampling
+from kernels.gpu.backend import GpuBackend
 from kernels.reference import DenseKVCache, ReferenceBackend
+from tests.gpu.devices import HostDevice
 from tests.kernels.batches import BLOCK_SIZE, make_batch, make_tables
 
 DTYPES = [torch.float16, torch.bfloat16]
@@ -191,6 +201,24 @@ def test_rows_that_cannot_be_trusted_are_marked() -> None:
         tokens, sound = device_tokens(logits, batch)
         assert sound.tolist() == [True, False, False, False, True, False]
         assert tokens[4] == 1 and (temperature or tokens[0] == 1)
+
+
+@pytest.mark.parametrize("vocabulary", [70, 1000])
+def test_rules_equal_the_host_back_ends(vocabulary: int) -> None:
+    gpu = GpuBackend(BackendOptions(), HostDevice())
+    history = torch.randint(0, 3, (vocabulary,)).int() + (torch.rand(vocabulary) < 0.2).int() * PROMPT_FLAG
+    allowed = torch.randint(-(2**31), 2**31, (-(-vocabulary // 32),)).int()
+    logits = torch.randn(3, vocabulary) * 4
+    logits[1, 5] = -torch.inf
+    expected = logits.clone()
+    for backend, rows in ((REFERENCE, expected), (gpu, logits)):
+        backend.add_bias(rows, [0, 1, 2, 2], [5, 5, 69, vocabulary], [2.5, 1.0, -torch.inf, 1.0])
+        backend.adjust_row(rows[0], backend.prepare_penalties(history.clone(), 1.3, 0.5, -0.7), allowed)
+        backend.adjust_row(rows[1], backend.prepare_penalties(history.clone(), 0.8, 0.0, 0.0), None)
+        backend.adjust_row(rows[2], None, allowed)
+    torch.testing.assert_close(logits, expected)
+    bits = [bool(int(allowed[token // 32]) >> token % 32 & 1) for token in range(vocabulary)]
+    assert expected[2].isneginf().tolist() == [not bit or token == 69 for token, bit in enumerate(bits)]
 
 
 def test_penalties_masks_and_bias() -> None:

@@ -60,7 +60,13 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCudaDevice]:
         yield device
 
 
-def serve(checkpoint: Path, device: FakeCudaDevice, **options: Any) -> None:
+def serve(
+    checkpoint: Path,
+    device: FakeCudaDevice,
+    rules: dict[str, Any] | None = None,
+    max_uploads: int = 2,
+    **options: Any,
+) -> None:
     """Prefill in chunks, mixed steps and decodes; one wait per step that samples, and never a value read before it."""
     config = EngineConfig(
         model=str(checkpoint),
@@ -74,12 +80,12 @@ def serve(checkpoint: Path, device: FakeCudaDevice, **options: Any) -> None:
     engine = build_engine(config)
     assert engine.info.backend == "gpu"
     for index, length in enumerate((3, 100, 40)):
-        params = SamplingParams(max_tokens=3, temperature=float(index), top_k=4, min_tokens=2)
+        params = SamplingParams(max_tokens=3, temperature=float(index), top_k=4, min_tokens=2, **(rules or {}))
         engine.submit(GenerateRequest(str(index), list(range(3, 3 + length)), params, time.monotonic()))
     while engine.has_work():
         device.waits = device.uploads = 0
         output = engine.step()
-        assert device.waits <= 1 and device.uploads <= 2
+        assert device.waits <= 1 and device.uploads <= max_uploads
         assert not any(event.error for event in output.events)
 
 
@@ -88,6 +94,19 @@ def serve(checkpoint: Path, device: FakeCudaDevice, **options: Any) -> None:
 )
 def test_engine_steps_stay_on_their_device(checkpoint: Path, device: FakeCudaDevice, options: dict[str, Any]) -> None:
     serve(checkpoint, device, **options)
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"logit_bias": ((5, 1.0), (7, -3.0)), "bad_words": ((7, 7), (9,))},
+        {"repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": 0.1, "allowed_token_ids": (7, 8, 9)},
+    ],
+    ids=("bias", "penalties and mask"),
+)
+def test_rules_stay_on_the_device(checkpoint: Path, device: FakeCudaDevice, rules: dict[str, Any]) -> None:
+    # Each of three requests brings its history and factors once, and its mask at every step.
+    serve(checkpoint, device, rules, max_uploads=2 + 3 * 3)
 
 
 def test_a_planted_device_mix_is_caught(

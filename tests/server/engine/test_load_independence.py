@@ -27,20 +27,20 @@ Digests = dict[tuple[str, int], str]
 def recorded_logits(engine: Engine) -> Iterator[Digests]:
     """Digests of the bits of every logits row that is sampled from, by request and output index."""
     digests: Digests = {}
-    mask = engine.runner.sampler.mask
+    apply_rules = engine.runner.sampler.apply_rules
 
     def recording(sequences, logits):  # type: ignore[no-untyped-def]
         for sequence, row in zip(sequences, logits, strict=True):
             key = (sequence.request_id, sequence.num_output_tokens)
             digest = hashlib.sha256(row.contiguous().numpy().tobytes()).hexdigest()
             assert digests.setdefault(key, digest) == digest
-        return mask(sequences, logits)
+        return apply_rules(sequences, logits)
 
-    engine.runner.sampler.mask = recording  # type: ignore[method-assign]
+    engine.runner.sampler.apply_rules = recording  # type: ignore[method-assign]
     try:
         yield digests
     finally:
-        engine.runner.sampler.mask = mask  # type: ignore[method-assign]
+        engine.runner.sampler.apply_rules = apply_rules  # type: ignore[method-assign]
 
 
 @dataclass(frozen=True)

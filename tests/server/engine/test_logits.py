@@ -12,8 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.logits import LogitRules
-from server.types import SamplingParams
+from kernels.backend import BackendOptions, SamplingBatch
+from kernels.reference import ReferenceBackend
+from server.engine.sampler import NOTHING_LEFT, Sampler
+from server.engine.sequence import Sequence as EngineSequence
+from server.engine.token_mask import TokenMask
+from server.types import GenerateRequest, SamplingParams
 from tests.server.real_edge import completion, real_edge, tiny_checkpoint
 from tests.tiny_models import load_reference, reference_logits
 
@@ -60,14 +64,30 @@ def test_rules_equal_their_definitions_at_every_length(
         logit_bias=tuple(bias.items()), allowed_token_ids=None if allowed is None else tuple(allowed),
         bad_words=tuple(map(tuple, words)),
     )  # fmt: skip
-    rules = LogitRules(sampling, prompt)
+    backend = ReferenceBackend(BackendOptions())
+    sampler = Sampler(backend, SamplingBatch.allocate(2, backend.device), frozenset())
+    request = GenerateRequest("", prompt, sampling, 0.0)
+    sequence = EngineSequence(request, 0, list(prompt))
     for length in range(len(output) + 1):
-        row = torch.tensor(logits)
-        is_left = rules.apply(row, output[:length])
+        sequence.token_ids[len(prompt) :] = output[:length]
+        rows = torch.tensor([logits, logits])
+        bare = EngineSequence(GenerateRequest("", prompt, SamplingParams(max_tokens=1), 0.0), 0, list(prompt))
+        errors = sampler.apply_rules([bare, sequence], rows)
         expected = plain(logits, sampling, prompt, output[:length])
-        torch.testing.assert_close(row, torch.tensor(expected), rtol=1e-5, atol=1e-5)
-        if sampling.allowed_token_ids is not None or sampling.bad_words:
-            assert is_left == any(value > -float("inf") for value in expected)
+        assert rows[0].tolist() == logits
+        assert errors == ({} if any(value > -float("inf") for value in expected) else {1: NOTHING_LEFT})
+        if not errors:
+            torch.testing.assert_close(rows[1], torch.tensor(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_masks_are_sets_of_tokens() -> None:
+    mask = TokenMask.of([0, 31, 32, 69, 70, 900], 70)
+    assert (mask & TokenMask.of([31, 69], 70)).has_any_besides([31, 500])
+    assert not (mask & TokenMask.of([31, 69], 70)).has_any_besides([31, 69])
+    whole = TokenMask.from_bytes(b"\xff" * 12, 70)  # longer than the vocabulary
+    assert not whole.has_any_besides(range(70)) and whole.has_any_besides(range(69))
+    short = TokenMask.from_bytes(b"\x02", 70)
+    assert not short.has_any_besides([1]) and short.to_tensor().tolist() == [2, 0, 0]
 
 
 @pytest.fixture(scope="module")
