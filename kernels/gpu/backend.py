@@ -307,6 +307,8 @@ class GpuBackend:
         return self._linear(x.tensor, weight, self._empty(x.tensor.shape[0], weight.out_features))
 
     def _linear(self, x: Tensor, weight: GpuLinear, out: Tensor) -> Tensor:
+        if x.shape[0] == 0:  # a step of prompts' middles picks no rows
+            return out
         first = 0
         for part in weight.parts:
             last = first + (part.out_features if isinstance(part, PackedAwq) else part.shape[0])
@@ -450,9 +452,14 @@ class GpuBackend:
     def add_bias(self, logits: Tensor, rows: Sequence[int], token_ids: Sequence[int], values: Sequence[float]) -> None:
         if not rows:
             return
-        bias = torch.tensor(values, dtype=torch.float32).view(torch.int32)
-        entries = self._uploaded(torch.stack((torch.tensor(rows).int(), torch.tensor(token_ids).int(), bias)))
-        sampling.add_bias(logits, entries[0], entries[1], entries[2].view(torch.float32))
+        count = len(rows)
+        entries = torch.zeros(
+            3, -(-count // 4) * 4, dtype=torch.int32
+        )  # aligned whatever the count: one kernel for all
+        entries[0, :count], entries[1, :count] = torch.tensor(rows), torch.tensor(token_ids)
+        entries[2, :count] = torch.tensor(values, dtype=torch.float32).view(torch.int32)
+        entries = self._uploaded(entries)
+        sampling.add_bias(logits, entries[0, :count], entries[1, :count], entries[2, :count].view(torch.float32))
 
     def prepare_penalties(self, history: Tensor, repetition: float, presence: float, frequency: float) -> Penalties:
         factors = torch.tensor([repetition, presence, frequency], dtype=torch.float32).view(torch.int32)

@@ -72,12 +72,23 @@ class GpuProgram:
             logits = self._run_with(bucket, bucket, min(bucket, batch.max_rows), prefills=False)
             idle = SamplingBatch.allocate(logits.shape[0], self._backend.device)
             self._backend.sample(logits, idle).to_host()
+            self._try_rules(logits)
         if not self._backend.gpu.can_capture:
             return
         self._backend.workspace.is_frozen = True
         for bucket in reversed(buckets):  # the largest first: the others fit into its memory
             self._capture(bucket)
         logger.info("captured decode graphs for %d batch sizes up to %d", len(buckets), buckets[-1])
+
+    def _try_rules(self, logits: Tensor) -> None:
+        backend, vocab_size = self._backend, logits.shape[1]
+        penalties = backend.prepare_penalties(torch.zeros(vocab_size, dtype=torch.int32), 1.0, 0.0, 0.0)
+        allowed = torch.full((-(-vocab_size // 32),), -1, dtype=torch.int32)
+        backend.add_bias(logits, [0], [0], [0.0])
+        for row in logits[:2]:  # the second may lie at an odd address
+            backend.adjust_row(row, penalties, allowed)
+            backend.adjust_row(row, penalties, None)
+            backend.adjust_row(row, None, allowed)
 
     def _capture(self, bucket: int) -> None:
         outputs: list[Tensor] = []
