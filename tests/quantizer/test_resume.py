@@ -43,7 +43,10 @@ class Stop(BaseException):
     """Ends a run as a kill would: nothing catches it."""
 
 
-@pytest.mark.parametrize(("before", "overwrite"), [(True, False), (False, True)], ids=["before", "after-overwrite"])
+@pytest.mark.parametrize(
+    ("before", "overwrite"),
+    [pytest.param(True, False, id="before"), pytest.param(False, True, id="after-overwrite", marks=pytest.mark.slow)],
+)
 def test_stopped_around_every_rename(
     before: bool,
     overwrite: bool,

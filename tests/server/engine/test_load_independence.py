@@ -132,7 +132,12 @@ def test_reference(demo_model: Path) -> None:
 
 @needs_native
 @pytest.mark.parametrize(
-    "options", [{}, {"cpu_activations": "int16", "lm_head_dtype": "fp16"}, {"kv_cache_dtype": "int8"}]
+    "options",
+    [
+        {},
+        pytest.param({"cpu_activations": "int16", "lm_head_dtype": "fp16"}, marks=pytest.mark.slow),
+        pytest.param({"kv_cache_dtype": "int8"}, marks=pytest.mark.slow),
+    ],
 )
 def test_cpu(demo_model: Path, options: dict[str, str]) -> None:
     requests = mixed_requests(demo_model, 16, 330)
