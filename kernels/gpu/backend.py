@@ -453,9 +453,8 @@ class GpuBackend:
         if not rows:
             return
         count = len(rows)
-        entries = torch.zeros(
-            3, -(-count // 4) * 4, dtype=torch.int32
-        )  # aligned whatever the count: one kernel for all
+        # Rows of a multiple of 16 bytes, whatever the count: Triton compiles by alignment, and this is one kernel for all.
+        entries = torch.zeros(3, -(-count // 4) * 4, dtype=torch.int32)
         entries[0, :count], entries[1, :count] = torch.tensor(rows), torch.tensor(token_ids)
         entries[2, :count] = torch.tensor(values, dtype=torch.float32).view(torch.int32)
         entries = self._uploaded(entries)
