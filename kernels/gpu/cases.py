@@ -147,7 +147,7 @@ def _attention(
     scales = [_meta(blocks, kv_heads, 16, dtype=torch.float32) if int8 else None for _ in range(2)]
     lists = [_meta(*shape, dtype=torch.int32) for shape in ((sequences, 512), (sequences,), (sequences + 1,), (3,))]
     q, out = _meta(256, heads, head_dim, dtype=dtype), _meta(256, heads * head_dim, dtype=dtype)
-    sizes = attention.workspace_sizes(sequences, heads, kv_heads, head_dim, 16)
+    sizes = attention.workspace_sizes(sequences, heads, head_dim, 16)
     acc, stats = (_meta(size, dtype=torch.float32) for size in sizes)
     tile = attention_config(chip, head_dim, heads // kv_heads, prefill_segment > 0, int8)
     label = f"D {head_dim}{', int8' if int8 else ''}{', window, soft cap' if window else ''}"
