@@ -7,14 +7,13 @@ import dataclasses
 import inspect
 import re
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from kernels.backend import RotaryTable
 from kernels.gpu.backend import GpuBackend, GpuSampledRows
@@ -22,57 +21,10 @@ from kernels.gpu.launch import Launch
 from kernels.gpu.tuning import CHIPS
 from server.config import EngineConfig
 from server.engine.engine import build_engine
-from server.models.checkpoint import Checkpoint
 from server.models.decoder import Decoder
 from server.types import GenerateRequest, SamplingParams
-from tests.awq_checkpoints import make_awq_checkpoint
-from tests.gpu.devices import FakeCudaDevice, WithoutDeviceGuards
+from tests.gpu.devices import FakeCudaDevice
 from tests.gpu.launches import NOT_SPECIALIZED, compiled_form, name_of, recorded
-from tests.tiny_models import make_tiny_model
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("placement")
-    make_tiny_model(root / "source", "llama-untied-biased", head_dim=16)
-    make_awq_checkpoint(root / "source", root / "awq", root / "dense", 32, skip=("layers.1.self_attn.k_proj",))
-    return root / "awq"
-
-
-@pytest.fixture(scope="module")
-def wide_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Long enough sums that they are split over programs."""
-    root = tmp_path_factory.mktemp("wide")
-    sizes = {"hidden_size": 1024, "intermediate_size": 1536, "num_hidden_layers": 1, "max_position_embeddings": 8192}
-    make_tiny_model(root / "source", "qwen3", head_dim=128, **sizes)
-    make_awq_checkpoint(root / "source", root / "awq", root / "dense", 128)
-    return root / "awq"
-
-
-@pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCudaDevice]:
-    device = FakeCudaDevice()
-    monkeypatch.setattr("kernels.gpu.device.open_device", lambda: device)
-
-    def to_host(self: GpuSampledRows) -> tuple[list[int], list[bool]]:
-        # Values are what fake tensors lack: every row samples token 7.
-        self.device.wait(self.ticket)
-        assert self.host.device.type == "cpu"
-        num_rows = self.token_ids.shape[0]
-        return [7] * num_rows, [True] * num_rows
-
-    monkeypatch.setattr(GpuSampledRows, "to_host", to_host)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    read = Checkpoint.read
-
-    def read_fake(self: Checkpoint, name: str) -> Tensor:
-        with unset_fake_temporarily():
-            tensor = read(self, name)
-        return mode.from_tensor(tensor)
-
-    monkeypatch.setattr(Checkpoint, "read", read_fake)
-    with mode, WithoutDeviceGuards():
-        yield device
 
 
 def serve(
