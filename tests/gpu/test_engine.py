@@ -113,6 +113,21 @@ def test_logits_equal_the_reference_teacher_forced(checkpoint: Path, options: di
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize("kind", ["llama-untied-biased", "mistral", "qwen2"])
+def test_logits_of_other_architectures(kind: str, batch_invariant: bool, tmp_path: Path) -> None:
+    """Windows shorter than the prompt, biases, tied embeddings, odd head sizes."""
+    make_tiny_model(tmp_path / "source", kind, num_hidden_layers=2)
+    make_awq_checkpoint(tmp_path / "source", tmp_path / "awq", tmp_path / "dense", 32)
+    tokens = random_tokens(40)
+    expected = Served(tmp_path / "awq", ReferenceBackend(BackendOptions())).logits(tokens, [40])
+    backend = gpu_backend(batch_invariant=batch_invariant)
+    got = Served(tmp_path / "awq", backend).logits(tokens, [20, 1, 17, 2])
+    error = ((got - expected).abs().max() / expected.abs().max()).item()
+    assert error < LOGIT_ERROR["float16"], error
+
+
+@pytest.mark.slow
 def test_batch_invariant_logits_do_not_depend_on_chunks(checkpoint: Path) -> None:
     tokens = random_tokens(40)
     served = Served(checkpoint, gpu_backend(batch_invariant=True))
