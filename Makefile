@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 # CPU torch where the index has one; `pip install torch` elsewhere. Override to choose a CUDA build.
 TORCH ?= torch>=2.11,<2.14
 
-.PHONY: serve test check sanitize lint bench test-gpu bench-gpu check-gpu clean
+.PHONY: serve test check image-test sanitize lint bench test-gpu bench-gpu check-gpu clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV) || { echo "python3-venv is missing: apt-get install python3-venv"; exit 1; }
@@ -33,6 +33,12 @@ test: $(STAMP) $(DEMO_MODEL)
 
 check: $(STAMP) $(DEMO_MODEL)
 	$(BIN)/python -m pytest -m slow
+
+# Builds the CPU image and runs it confined, without a Docker engine; asks a real Prometheus for the dashboard. As root, on Debian:
+# apt-get install buildah debootstrap runc prometheus.
+image-test: $(STAMP) $(DEMO_MODEL)
+	tests/docker/image_test.sh $(CURDIR)/$(BIN)/python $(DEMO_MODEL) "$(TORCH)"
+	$(BIN)/python -m pytest -n 0 -m slow tests/docker
 
 bench: $(STAMP) $(DEMO_MODEL)
 	$(BIN)/python -m kernels.bench

@@ -21,7 +21,12 @@ ALL = {
     "autoscaling": {"enabled": True},
     "serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
     "prometheusRule": {"enabled": True},
-    "options": {"max-model-len": 4096, "memory-utilization": 0.5, "kv-cache-memory-bytes": 2000000000, "access-log": True},
+    "options": {
+        "max-model-len": 4096,
+        "memory-utilization": 0.5,
+        "kv-cache-memory-bytes": 2000000000,
+        "access-log": True,
+    },
     "model": {"subPath": "demo"},
     "networkPolicy": {
         "metricsFrom": [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}],
@@ -77,7 +82,10 @@ def test_selectors_and_ports_fit() -> None:
     assert monitored["endpoints"][0]["port"] in {port["name"] for port in objects["Service"]["spec"]["ports"]}
     names = {port["name"] for port in container["ports"]}
     assert {container[f"{probe}Probe"]["httpGet"]["port"] for probe in ("startup", "liveness", "readiness")} <= names
-    assert objects["HorizontalPodAutoscaler"]["spec"]["scaleTargetRef"]["name"] == objects["Deployment"]["metadata"]["name"]
+    assert (
+        objects["HorizontalPodAutoscaler"]["spec"]["scaleTargetRef"]["name"]
+        == objects["Deployment"]["metadata"]["name"]
+    )
     assert "replicas" not in objects["Deployment"]["spec"]
     alerts = yaml.safe_load((CHART / "files/alerts.yaml").read_text(encoding="utf-8"))
     assert objects["PrometheusRule"]["spec"] == alerts

@@ -64,7 +64,9 @@ def test_queries_ask_for_what_is_exported(query: str) -> None:
 
 
 def test_the_walk_sees_unknown_names() -> None:
-    names = [selector.name for selector in _selectors(promql_parser.parse("sum by (x) (rate(a[1m])) / -b > (c offset 1m)"))]
+    names = [
+        selector.name for selector in _selectors(promql_parser.parse("sum by (x) (rate(a[1m])) / -b > (c offset 1m)"))
+    ]
     assert sorted(names) == ["a", "b", "c"]
 
 
