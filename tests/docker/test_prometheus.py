@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -38,7 +39,7 @@ def test_promtool_takes_configuration_and_rules(configuration: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def server(demo_model: Path):  # type: ignore[no-untyped-def]
+def server(demo_model: Path) -> Iterator[Server]:
     with Server(demo_model, "--kv-cache-memory-bytes", "100M") as running:
         yield running
 
