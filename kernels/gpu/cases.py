@@ -213,27 +213,32 @@ def _elementwise(chip: Chip, dtype: torch.dtype) -> dict[str, Callable[[], Any]]
     def whole(*shape: int) -> Tensor:
         return _meta(*shape, dtype=torch.int32)
 
-    def rope(int8: bool) -> None:
+    def norm(width: int, unit_offset: bool, of_x: bool = False, of_total: bool = True) -> None:
+        weights = [single(width) if wanted else None for wanted in (of_x, of_total)]
+        fused.add_rms_norm(
+            half(16, width), single(16, width), *weights, half(16, width), single(16, width), 1e-5, unit_offset
+        )
+
+    def rope(int8: bool, all_heads: bool = False) -> None:
         pool = [_meta(64, 8, 16, 128, dtype=torch.int8 if int8 else dtype) for _ in range(2)]
         scales = [single(64, 8, 16) if int8 else None for _ in range(2)]
-        norm, table = single(128), single(4096, 64)
+        table, norms = single(4096, 64), [single(128 * heads if all_heads else 128) for heads in (32, 8)]
         fused.rope_and_store(
-            half(16, 6144), half(16, 32, 128), *pool, *scales, norm, norm, table, table, whole(16), whole(16), whole(3),
+            half(16, 6144), half(16, 32, 128), *pool, *scales, *norms, table, table, whole(16), whole(16), whole(3),
             1e-6, False,
         )  # fmt: skip
 
     long = _meta(64, dtype=torch.int64)
     return {
-        "embed": lambda: fused.embed(whole(16), half(1000, 4096), half(16, 4096)),
+        "embed": lambda: fused.embed(whole(16), half(1000, 4096), 1.0, half(16, 4096)),
         "gather_rows": lambda: fused.gather_rows(half(16, 4096), whole(16), whole(3), half(16, 4096)),
-        "add_rms_norm": lambda: fused.add_rms_norm(
-            half(16, 4096), single(16, 4096), single(4096), half(16, 4096), single(16, 4096), 1e-5, False
-        ),
-        "add_rms_norm, 8192": lambda: fused.add_rms_norm(
-            half(16, 8192), single(16, 8192), single(8192), half(16, 8192), single(16, 8192), 1e-5, True
-        ),
+        "add_rms_norm": lambda: norm(4096, False),
+        "add_rms_norm, 8192": lambda: norm(8192, True),
+        "add_rms_norm, of x too": lambda: norm(5376, True, of_x=True),
+        "add_rms_norm, of x alone": lambda: norm(5120, False, of_x=True, of_total=False),
         "rope_and_store": lambda: rope(False),
         "rope_and_store, int8": lambda: rope(True),
+        "rope_and_store, normed over all heads": lambda: rope(False, all_heads=True),
         "act_and_mul, silu": lambda: fused.act_and_mul(half(16, 28672), half(16, 14336), False),
         "act_and_mul, gelu": lambda: fused.act_and_mul(half(16, 28672), half(16, 14336), True),
         "soft_cap": lambda: fused.soft_cap(single(16, 128256), 30.0),
