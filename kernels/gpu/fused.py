@@ -143,16 +143,17 @@ def rope_and_store_kernel(
             norm_ptr = q_norm_ptr
             if head >= HEADS:
                 norm_ptr = k_norm_ptr
-            squares, width = x * x, D
+            squares, inverse_width = x * x, 1.0 / D
             if NORM_ALL_HEADS:  # every head's program sums over all of them: they are in cache
                 first = tl.where(head < HEADS, 0, HEADS)
                 count = tl.where(head < HEADS, HEADS, KV_HEADS)
                 norm_ptr += (head - first) * D
-                squares, width = tl.zeros([BLOCK_D], tl.float32), count * D
+                squares = tl.zeros([BLOCK_D], tl.float32)
+                inverse_width = tl.where(head < HEADS, 1.0 / (HEADS * D), 1.0 / (KV_HEADS * D))
                 for i in range(count):
                     others = tl.load(source + (first + i - head) * D + channels, mask=mask, other=0.0).to(tl.float32)
                     squares += others * others
-            rstd = tl.rsqrt(tl.sum(squares, 0) / width + eps)
+            rstd = tl.rsqrt(tl.sum(squares, 0) * inverse_width + eps)
             weight = tl.load(norm_ptr + channels, mask=mask, other=0.0)
             other_weight = tl.load(norm_ptr + partner, mask=rotates, other=0.0)
             if UNIT_OFFSET:
