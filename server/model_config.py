@@ -189,10 +189,7 @@ def _ropes(raw: Mapping[str, Any], architecture: Architecture, head_dim: int) ->
         rope = _rope(raw, architecture, head_dim)
         return rope, rope
     both = raw.get("rope_parameters") or {}
-    if _FULL in both:
-        full = {**raw, "rope_parameters": both[_FULL]}
-    else:
-        full = dict(raw)
+    full = {**raw, "rope_parameters": both[_FULL]} if _FULL in both else dict(raw)
     local = both.get(_SLIDING) or {"rope_theta": raw.get("rope_local_base_freq", architecture.local_rope_theta)}
     local_raw = {**raw, "rope_scaling": None, "rope_parameters": local}
     return _rope(full, architecture, head_dim), _rope(local_raw, architecture, head_dim)
@@ -202,7 +199,7 @@ def _rope(raw: Mapping[str, Any], architecture: Architecture, head_dim: int) -> 
     """Old configs have `rope_theta` and `rope_scaling`, new ones put both into `rope_parameters`."""
     parameters = dict(raw.get("rope_scaling") or {})
     parameters.update(raw.get("rope_parameters") or {})
-    rope_type = parameters.get("rope_type", parameters.get("type", "default"))
+    rope_type = str(parameters.get("rope_type", parameters.get("type", "default")))
     rope_type = architecture.rope_aliases.get(rope_type, rope_type)
     if rope_type not in ROPE_TYPES:
         raise ModelError(f"config.json: rope type {rope_type!r} is not supported; supported: {', '.join(ROPE_TYPES)}")

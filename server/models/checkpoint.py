@@ -31,7 +31,8 @@ class TensorInfo:
 class Checkpoint:
     """All tensors of the safetensors files in a directory, sharded or not.
 
-    `rename` makes a tensor's name of the one it is stored under, or None where it is passed over; `ignored` counts those. Reads no data until `read`. Raises ModelError, naming the file, for missing, truncated or foreign files.
+    `rename` makes a tensor's name of the one it is stored under, or None where it is passed over; `ignored` counts those. Reads
+    no data until `read`. Raises ModelError, naming the file, for missing, truncated or foreign files.
     """
 
     def __init__(self, model_dir: Path, rename: Callable[[str], str | None] = str) -> None:

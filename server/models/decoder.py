@@ -114,7 +114,14 @@ class Decoder:
         qkv = backend.linear(hidden, layer.qkv)
         q = backend.rope_and_store(qkv, shape, layer.qk_norm, layer.rotary, batch, kv)
         return backend.attention(
-            q, shape, kv, batch, scales.attention, layer.sliding_window, scales.attention_soft_cap, for_linear
+            q,
+            shape,
+            kv,
+            batch,
+            scales.attention,
+            layer.sliding_window,
+            scales.attention_soft_cap,
+            for_linear=for_linear,
         )
 
     def _mlp(self, layer: DecoderLayer, hidden: LinearInput) -> Tensor:

@@ -16,6 +16,7 @@ from kernels.format import AwqWeight
 from quantizer.__main__ import main
 from quantizer.config import FORMATS, QuantizeError, QuantizeOptions
 from quantizer.evaluate import evaluate, evaluation_rows, load_checkpoint
+from quantizer.mappings import ARCHITECTURES
 from quantizer.run import quantize
 from quantizer.sources import SafetensorsSource
 from tests.tiny_models import TINY_MODELS, load_reference
@@ -47,7 +48,7 @@ def test_every_architecture_becomes_a_standard_checkpoint(
     assert config["torch_dtype"] == str(dtype).removeprefix("torch.") and len(config["architectures"]) == 1
     tensors, original = _tensors(out), _tensors(source)
     linears = {name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")}
-    assert len(linears) == 7 * 3
+    assert len(linears) == len(ARCHITECTURES[config["architectures"][0]].linears) * 3
     for name in linears:
         triple = {key: tensors.pop(f"{name}.{key}") for key in ("qweight", "qzeros", "scales")}
         assert AwqWeight.from_tensors(name, triple, 32).dequantize().shape == original.pop(f"{name}.weight").shape
