@@ -18,8 +18,6 @@ from kernels.backend import (
     Activation,
     AttentionShape,
     BackendOptions,
-    ForwardBatch,
-    HostBackend,
     KVCache,
     KVCacheSpec,
     LinearInput,
@@ -28,9 +26,10 @@ from kernels.backend import (
     QKNorm,
     RotaryTable,
     SampledRows,
-    SamplingBatch,
 )
+from kernels.batch import ForwardBatch, SamplingBatch
 from kernels.format import AwqWeight, DenseWeight
+from kernels.host import HostBackend
 
 ROW_MULTIPLE = 8
 """Rows that a plain matmul is padded to: the least for which the BLAS gives each row the same bits in any batch."""

@@ -17,8 +17,6 @@ from kernels.backend import (
     Activation,
     AttentionShape,
     BackendOptions,
-    ForwardBatch,
-    HostBackend,
     KVCache,
     KVCacheSpec,
     LinearInput,
@@ -27,13 +25,14 @@ from kernels.backend import (
     QKNorm,
     RotaryTable,
     SampledRows,
-    SamplingBatch,
 )
+from kernels.batch import ForwardBatch, SamplingBatch
 from kernels.cpu import _native
 from kernels.cpu.buffers import BufferPool, map_zeros
 from kernels.cpu.linear import CpuLinear, CpuLinearInput, expect_cpu_linear, pack_head, pack_linear, to_16_bit
 from kernels.cpu.threads import usable_cores
 from kernels.format import AwqWeight, DenseWeight
+from kernels.host import HostBackend
 
 logger = logging.getLogger(__name__)
 

@@ -5,15 +5,19 @@ output."""
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from kernels.gpu.aot import Compiled, compile_launch
-from kernels.gpu.cases import ARCHES, Case, all_cases
+from kernels.gpu.case import Case
+from kernels.gpu.cases import ARCHES, all_cases
 from kernels.gpu.tuning import CHIPS, SHARED_LIMITS, Chip
 
 ASYNC_COPIES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
@@ -104,6 +108,7 @@ def row(case: Case, compiled: Compiled) -> str:
     exception = looser(case, arch) if ceiling else None
     mma = "HGMMA" if compiled.count("HGMMA") else "HMMA" if compiled.count("HMMA") else ""
     dtype = str(case.dtype).removeprefix("torch.").replace("float16", "fp16").replace("bfp16", "bf16")
+    dtype = dtype.replace("float32", "fp32")
     cells = [
         arch, case.kernel, case.label, dtype, group, str(compiled.registers), str(compiled.spills), per_weight,
         str(compiled.count("I2F")) if arch.startswith("sm_") else "", str(wide_copies(compiled) or ""), mma,
@@ -118,19 +123,29 @@ HEADER = (
 )
 
 
+def compile_all(arch: str, short: bool) -> tuple[list[str], list[str]]:
+    """The table's lines of one architecture, and the faults."""
+    lines, broken = [], []
+    for case in all_cases(arch, short):
+        compiled = compile_launch(case.launch, arch)
+        lines.append(row(case, compiled))
+        broken += [
+            f"{arch} {case.kernel} {case.label} {case.dtype} group {case.group_size}: {fault}"
+            for fault in faults(case, compiled)
+        ]
+    return lines, broken
+
+
 def run(arches: list[str], short: bool, out: list[str]) -> list[str]:
-    """Compiles and prints; appends the table's lines to `out`. Returns the faults."""
+    """Compiles, an architecture per process, and prints; appends the table's lines to `out`. Returns the faults."""
     broken = []
     print(HEADER)
-    for arch in arches:
-        for case in all_cases(arch, short):
-            compiled = compile_launch(case.launch, arch)
-            out.append(row(case, compiled))
-            print(out[-1], flush=True)
-            broken += [
-                f"{arch} {case.kernel} {case.label} {case.dtype} group {case.group_size}: {fault}"
-                for fault in faults(case, compiled)
-            ]
+    processes = min(len(arches), len(os.sched_getaffinity(0)))
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        for lines, found in pool.map(compile_all, arches, [short] * len(arches)):
+            print("\n".join(lines), flush=True)
+            out += lines
+            broken += found
     return broken
 
 

@@ -85,6 +85,9 @@ class CudaDevice:
             nearest.shared_nbytes,
         )
         self._pool: Any = None
+        # By default cuBLAS may add the parts of a split K in 16 bit.
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
     def place(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.torch_device)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from kernels.backend import ForwardBatch, SamplingBatch
+from kernels.batch import ForwardBatch, SamplingBatch
 from kernels.gpu.device import Graph
 from kernels.gpu.tuning import graph_buckets
 
@@ -18,8 +19,21 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_ROWS_TRIED = (1, 9, 17, 33, 65)
-"""Row counts, one per regime of the products below the largest step."""
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """How many rows the ops at hand compute: the step's own, or a bucket's."""
+
+    num_tokens: int
+    num_sequences: int
+    num_rows: int
+    decodes: bool
+    prefills: bool
+
+    @classmethod
+    def of(cls, batch: ForwardBatch) -> Extent:
+        lengths = batch.host_query_lens
+        return cls(batch.num_tokens, batch.num_sequences, batch.num_rows, 1 in lengths, any(n > 1 for n in lengths))
 
 
 class GpuProgram:
@@ -66,16 +80,16 @@ class GpuProgram:
 
     def _try_everything(self) -> None:
         batch, buckets = self._batch, graph_buckets(self._batch.max_sequences)
-        for num_tokens in sorted({*(rows for rows in _ROWS_TRIED if rows < batch.max_tokens), batch.max_tokens}):
-            self._run_with(num_tokens, batch.max_sequences, batch.max_rows, prefills=True)
+        for num_tokens in sorted({*self._backend.reserve(batch.max_tokens), batch.max_tokens}):
+            self._run_with(num_tokens, batch.max_sequences, min(num_tokens, batch.max_rows), prefills=True)
         for bucket in buckets:
             logits = self._run_with(bucket, bucket, min(bucket, batch.max_rows), prefills=False)
             idle = SamplingBatch.allocate(logits.shape[0], self._backend.device)
             self._backend.sample(logits, idle).to_host()
             self._try_rules(logits)
+        self._backend.workspace.is_frozen = True
         if not self._backend.gpu.can_capture:
             return
-        self._backend.workspace.is_frozen = True
         for bucket in reversed(buckets):  # the largest first: the others fit into its memory
             self._capture(bucket)
         logger.info("captured decode graphs for %d batch sizes up to %d", len(buckets), buckets[-1])
@@ -100,8 +114,6 @@ class GpuProgram:
         self._graphs[bucket] = (graph, outputs[-1])
 
     def _run_with(self, num_tokens: int, num_sequences: int, num_rows: int, prefills: bool) -> Tensor:
-        from kernels.gpu.backend import Extent
-
         self._backend.extent = Extent(num_tokens, num_sequences, num_rows, True, prefills)
         try:
             return self._forward()
