@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
@@ -87,6 +88,15 @@ TINY_MODELS: dict[str, tuple[type, dict[str, Any]]] = {
     "olmo2": (transformers.Olmo2Config, {"tie_word_embeddings": False}),
     "smollm3": (transformers.SmolLM3Config, {"no_rope_layers": [1, 0, 1], "tie_word_embeddings": True}),
 }
+
+
+_QUICK = ("llama-untied-biased", "gemma3_text", "phi3", "olmo2", "granite")
+
+
+def kinds_by_cost() -> list[Any]:
+    """Every kind as a test's parameter; in `make test` those alone that between them have everything that architectures differ
+    by."""
+    return [pytest.param(kind, marks=() if kind in _QUICK else pytest.mark.slow) for kind in TINY_MODELS]
 
 
 def make_tiny_model(

@@ -127,14 +127,10 @@ def _elementwise(chip: Chip, dtype: torch.dtype) -> dict[str, Callable[[], Any]]
             1e-6, unit_offset,
         )  # fmt: skip
 
-    def norm(
-        width: int, has_residual: bool, unit_offset: bool, of_x: bool = False, of_total: bool = True
-    ) -> None:
+    def norm(width: int, has_residual: bool, unit_offset: bool, of_x: bool = False, of_total: bool = True) -> None:
         residual = single(16, width) if has_residual else None
         weights = [single(width) if wanted else None for wanted in (of_x, of_total)]
-        fused.add_rms_norm(
-            half(16, width), residual, *weights, half(16, width), single(16, width), 1e-5, unit_offset
-        )
+        fused.add_rms_norm(half(16, width), residual, *weights, half(16, width), single(16, width), 1e-5, unit_offset)
 
     def dense(has_bias: bool, out_dtype: torch.dtype) -> None:
         bias = single(1024) if has_bias else None

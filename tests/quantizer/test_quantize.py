@@ -19,7 +19,7 @@ from quantizer.evaluate import evaluate, evaluation_rows, load_checkpoint
 from quantizer.mappings import ARCHITECTURES
 from quantizer.run import quantize
 from quantizer.sources import SafetensorsSource
-from tests.tiny_models import TINY_MODELS, load_reference
+from tests.tiny_models import kinds_by_cost, load_reference
 
 OPTIONS = QuantizeOptions(group_size=32, samples=4, sequence_length=64)
 
@@ -36,7 +36,7 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-@pytest.mark.parametrize("kind", TINY_MODELS)
+@pytest.mark.parametrize("kind", kinds_by_cost())
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 def test_every_architecture_becomes_a_standard_checkpoint(
     kind: str, dtype: torch.dtype, make_checkpoint: Callable[..., Path], tmp_path: Path
@@ -65,7 +65,7 @@ def test_every_architecture_becomes_a_standard_checkpoint(
     assert json.loads((out / "quantization_report.json").read_text()) == json.loads(json.dumps(report))
 
 
-@pytest.mark.parametrize("kind", TINY_MODELS)
+@pytest.mark.parametrize("kind", kinds_by_cost())
 def test_errors_fall_and_the_report_is_true(kind: str, make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     """The model on disk, dequantized in transformers, is closer to the original than plain rounding's."""
     source = make_checkpoint(kind, initializer_range=0.08)
