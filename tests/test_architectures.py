@@ -3,11 +3,17 @@ transformers, the reference and the bitwise laws."""
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kernels.backend import BackendOptions
@@ -17,6 +23,7 @@ from quantizer.evaluate import load_checkpoint
 from quantizer.mappings import ARCHITECTURES as MAPPINGS
 from quantizer.mappings import WRAPPERS as QUANTIZED_WRAPPERS
 from quantizer.run import quantize
+from quantizer.sources import SafetensorsSource, check_tensors
 from server.architectures import ARCHITECTURES, WRAPPERS
 from tests.awq_checkpoints import make_awq_checkpoint
 from tests.kernels.cpu_support import needs_native
@@ -32,6 +39,46 @@ def test_what_is_quantized_is_served_and_the_reverse() -> None:
         other = QUANTIZED_WRAPPERS[name]
         assert MAPPINGS[other.architecture].model_type == wrapper.model_type
         assert (other.prefixes, other.ignored) == (wrapper.prefixes, wrapper.ignored)
+
+
+def test_the_page_says_what_the_tables_say() -> None:
+    root = Path(__file__).parent.parent
+    command = [sys.executable, "docs/supported_models.py", "--check"]
+    done = subprocess.run(
+        command, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def wrap(source: Path, out: Path, begin: str) -> Path:
+    """A text model as the decoder of one that also sees. begin: of its tensor names."""
+    out.mkdir()
+    for path in source.glob("*.json"):
+        shutil.copy(path, out)
+    config = json.loads((source / "config.json").read_text())
+    outer = {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"], "eos_token_id": [1, 106]}
+    (out / "config.json").write_text(json.dumps({**outer, "text_config": config, "vision_config": {}}))
+    tensors = load_file(source / "model.safetensors")
+    stored = {name.replace("model.", begin, 1): tensor for name, tensor in tensors.items()}
+    vision = {begin.split("language_model.")[0] + "vision_tower.embeddings.weight": torch.ones(2)}
+    save_file({**stored, **vision}, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+@pytest.mark.parametrize("begin", ["language_model.model.", "model.language_model."])
+def test_gemma_3_that_sees_is_served_and_quantized_as_text(begin: str, tmp_path: Path) -> None:
+    source = make_tiny_model(tmp_path / "text", "gemma3_text", num_hidden_layers=2, layer_types=None)
+    add_tokenizer(source)
+    wrapped, tokens = wrap(source, tmp_path / "wrapped", begin), random_tokens(30)
+    served = Served(wrapped)
+    assert served.config.eos_token_ids == (2,)  # generation_config.json's
+    assert torch.equal(served.logits(tokens, [30]), Served(source).logits(tokens, [30]))
+    opened = SafetensorsSource(wrapped)
+    assert check_tensors(opened) == check_tensors(SafetensorsSource(source))
+    (tmp_path / "written").mkdir()
+    (tmp_path / "written" / "config.json").write_text(json.dumps(opened.config_json))
+    save_file({name: opened.load(name) for name in opened.names()}, tmp_path / "written" / "model.safetensors")
+    assert torch.equal(Served(tmp_path / "written").logits(tokens, [30]), served.logits(tokens, [30]))
 
 
 def test_every_architecture_has_a_tiny_model() -> None:

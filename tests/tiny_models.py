@@ -65,7 +65,6 @@ TINY_MODELS: dict[str, tuple[type, dict[str, Any]]] = {
             "tie_word_embeddings": False,
             "sliding_window": 40,
             "original_max_position_embeddings": 64,
-            "max_position_embeddings": 256,
             "rope_parameters": {
                 "rope_type": "longrope",
                 "rope_theta": 1e4,
