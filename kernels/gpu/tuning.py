@@ -110,7 +110,12 @@ _TABLE = {
     "sm_120": _AMPERE,
     "gfx942": _Architecture({8: 2, 16: 2, 32: 2, 64: 2}, {32: 16, 64: 16, 128: 32}, 512, 2),
 }
-_DEFAULT = _AMPERE
+
+
+def _entry(chip: Chip) -> _Architecture:
+    """Of an architecture that the table lacks, its maker's with the least shared memory."""
+    return _TABLE.get(chip.arch, _TABLE["gfx942"] if chip.arch.startswith("gfx") else _AMPERE)
+
 
 BATCH_INVARIANT_ROWS = 64
 """The one row tile of --batch-invariant."""
@@ -132,7 +137,7 @@ def gemm_config(
     With `batch_invariant`, partition of K, placement of scales and matrix instruction are functions of N, K and the chip
     alone; whether the parts of K are computed side by side or in turn does not change their sum.
     """
-    entry = _TABLE.get(chip.arch, _DEFAULT)
+    entry = _entry(chip)
     if batch_invariant:
         return _invariant_config(chip, entry, num_rows, out_features, in_features)
     if num_rows >= entry.dequantize_rows:
@@ -156,7 +161,7 @@ def expert_config(
 ) -> GemmConfig:
     """For rows spread over experts: the tile that the mean expert fills, K never split (experts are many programs). With
     `batch_invariant` the same tile, and scales on the weight, for any number of rows."""
-    entry = _TABLE.get(chip.arch, _DEFAULT)
+    entry = _entry(chip)
     if chip.arch == "sm_75":
         return GemmConfig(16, num_warps=16, num_stages=1)
     mean = -(-num_rows // num_experts)

@@ -113,13 +113,16 @@ def test_logits_equal_the_reference_teacher_forced(checkpoint: Path, options: di
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("batch_invariant", [False, True])
 @pytest.mark.parametrize("kind", TINY_MODELS)
-def test_every_architecture_equals_the_reference(kind: str, tmp_path: Path) -> None:
+def test_logits_of_every_architecture(kind: str, batch_invariant: bool, tmp_path: Path) -> None:
+    """Windows shorter than the prompt, biases, tied embeddings, odd head sizes, norms of every kind, soft caps."""
     make_tiny_model(tmp_path / "source", kind)
     make_awq_checkpoint(tmp_path / "source", tmp_path / "awq", tmp_path / "dense", 32)
     tokens = random_tokens(40)
     expected = Served(tmp_path / "awq", ReferenceBackend(BackendOptions())).logits(tokens, [40])
-    got = Served(tmp_path / "awq", gpu_backend()).logits(tokens, [20, 1, 17, 2])
+    backend = gpu_backend(batch_invariant=batch_invariant)
+    got = Served(tmp_path / "awq", backend).logits(tokens, [20, 1, 17, 2])
     error = ((got - expected).abs().max() / expected.abs().max()).item()
     assert 0 < error < LOGIT_ERROR["float16"], error
 
