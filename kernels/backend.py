@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -88,6 +88,36 @@ class PreparedLinear(Protocol):
 
     @property
     def nbytes(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertWeights:
+    """One expert of a mixture: gate and up [I, K] as `prepare_linear` fuses them, in that order, and down [N, I]."""
+
+    gate_up: Sequence[AwqWeight | DenseWeight]
+    down: AwqWeight | DenseWeight
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """Which experts compute a token: those with the `num_active` largest router logits, weighted by the softmax over all
+    experts' logits; with `renormalize`, by that softmax over its sum for the active ones.
+
+    With `shared`, the router's last output is no expert's share: the last expert computes every token and is weighted by the
+    sigmoid of that output.
+    """
+
+    num_active: int
+    renormalize: bool
+    shared: bool = False
+
+
+class PreparedExperts(PreparedLinear, Protocol):
+    """A mixture's router and experts. As an input's `for_linear` it stands for all linears that read the input."""
+
+    @property
+    def expert_nbytes(self) -> Sequence[int]:
+        """Bytes of each expert, in order: what a token reads of those that compute it."""
 
 
 class PreparedEmbedding(Protocol):
@@ -324,6 +354,12 @@ class Backend(Protocol):
     def prepare_linear(self, weights: Sequence[AwqWeight | DenseWeight], bias: Tensor | None) -> PreparedLinear:
         """Fuses `weights` along N in the order given. bias: [sum of N] or None."""
 
+    def prepare_experts(
+        self, router: DenseWeight, experts: Iterable[ExpertWeights], routing: Routing
+    ) -> PreparedExperts:
+        """router: [experts, K]. `experts` is read once, so that no more than one need be in memory as it was on disk; all but a
+        shared one have one intermediate size."""
+
     def prepare_embedding(self, weight: DenseWeight) -> PreparedEmbedding: ...
 
     def prepare_head(self, weight: DenseWeight | AwqWeight) -> PreparedLinear:
@@ -403,6 +439,10 @@ class Backend(Protocol):
     ) -> LinearInput:
         """activation(gate) * up, [num_tokens, I], of a linear with the gates' I outputs first and then the ups'. One op, so that a
         back end need not write out what is between."""
+
+    def moe(self, x: LinearInput, experts: PreparedExperts, activation: Activation) -> Tensor:
+        """[num_tokens, N]: the weighted sum of down(activation(gate) * up) over the experts that `Routing` says, added up from the
+        largest router logit down (of equal ones the lower index first), the shared expert last."""
 
     def pick_rows(
         self, x: LinearInput, residual: Tensor, batch: ForwardBatch, for_linear: PreparedLinear | None = None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,52 @@ class ModelError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
+class MixtureNames:
+    """How a model type spells its mixture of experts: fields of config.json, and modules of a layer."""
+
+    module: str
+    """Of the layer; router and experts are in it."""
+    gate: str
+    up: str
+    down: str
+    """Linears of one expert."""
+    intermediate_size: str
+    renormalize: str | None
+    """A field that says so; None: always."""
+    shared: bool = False
+    """A shared expert, `shared_expert`, with the gate `shared_expert_gate`."""
+    some_layers: bool = False
+    """Which layers are mixtures, `mlp_only_layers` and `decoder_sparse_step` say; otherwise all are."""
+
+
+_QWEN_MIXTURE = MixtureNames(
+    module="mlp",
+    gate="gate_proj",
+    up="up_proj",
+    down="down_proj",
+    intermediate_size="moe_intermediate_size",
+    renormalize="norm_topk_prob",
+    some_layers=True,
+)
+_MIXTRAL_MIXTURE = MixtureNames(
+    module="block_sparse_moe",
+    gate="w1",
+    up="w3",
+    down="w2",
+    intermediate_size="intermediate_size",
+    renormalize=None,
+)
+
+
+@dataclass(frozen=True, slots=True)
 class Architecture:
     """What the code must know of a model type that its config.json does not say."""
 
     qkv_bias: bool | None = False  # None: config.json's `attention_bias` says
     o_bias: bool | None = False
     qk_norm: bool = False
-    sliding_window: str = "none"  # "all" layers, or "layer_types" as config.json lists them
+    sliding_window: str = "none"  # "all" layers, "used" for all if `use_sliding_window`, "layer_types" as config.json lists them
+    mixture: MixtureNames | None = None
 
 
 ARCHITECTURES: Mapping[str, Architecture] = {
@@ -31,6 +70,13 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "mistral": Architecture(sliding_window="all"),
     "qwen2": Architecture(qkv_bias=True, sliding_window="layer_types"),
     "qwen3": Architecture(qkv_bias=None, o_bias=None, qk_norm=True, sliding_window="layer_types"),
+    "mixtral": Architecture(sliding_window="all", mixture=_MIXTRAL_MIXTURE),
+    "qwen2_moe": Architecture(
+        qkv_bias=True, sliding_window="layer_types", mixture=replace(_QWEN_MIXTURE, shared=True)
+    ),
+    "qwen3_moe": Architecture(
+        qkv_bias=None, o_bias=None, qk_norm=True, sliding_window="used", mixture=_QWEN_MIXTURE
+    ),
 }
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
@@ -60,6 +106,19 @@ class QuantizationConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class MixtureConfig:
+    """A mixture of experts: how many, how many compute a token, and their channels."""
+
+    names: MixtureNames
+    num_experts: int
+    num_active: int
+    intermediate_size: int
+    shared_intermediate_size: int  # 0: no shared expert
+    renormalize: bool
+    layers: frozenset[int]  # that are mixtures; the others have a dense MLP
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
     """Everything that loading and running a model need. Sizes are counts of channels, heads, layers or tokens."""
 
@@ -83,6 +142,15 @@ class ModelConfig:
     sliding_windows: tuple[int | None, ...]  # per layer
     eos_token_ids: tuple[int, ...]
     quantization: QuantizationConfig | None
+    mixture: MixtureConfig | None = None
+
+    @property
+    def active_intermediate_size(self) -> int:
+        """MLP channels that one token passes through, in the layer where it is the most."""
+        if self.mixture is None:
+            return self.intermediate_size
+        active = self.mixture.num_active * self.mixture.intermediate_size + self.mixture.shared_intermediate_size
+        return active if len(self.mixture.layers) == self.num_layers else max(active, self.intermediate_size)
 
     @property
     def max_context(self) -> int:
@@ -145,6 +213,7 @@ def load_model_config(model_dir: Path) -> ModelConfig:
         sliding_windows=_sliding_windows(raw, architecture, num_layers),
         eos_token_ids=tuple(_ids(eos)),
         quantization=_quantization(model_dir, raw),
+        mixture=_mixture(raw, architecture.mixture, num_layers),
     )
 
 
@@ -192,6 +261,29 @@ def _rope(raw: Mapping[str, Any], head_dim: int) -> RopeConfig:
     return RopeConfig(rope_type, theta, int(head_dim * partial), parameters)
 
 
+def _mixture(raw: Mapping[str, Any], names: MixtureNames | None, num_layers: int) -> MixtureConfig | None:
+    if names is None:
+        return None
+    # Newer writers spell every model type's count as Mixtral does.
+    num_experts = _positive(raw, "num_local_experts" if "num_local_experts" in raw else "num_experts")
+    num_active = _positive(raw, "num_experts_per_tok")
+    if num_active > num_experts:
+        raise ModelError(f"config.json: num_experts_per_tok {num_active} is more than the {num_experts} experts")
+    layers = frozenset(range(num_layers))
+    if names.some_layers:
+        step, dense = _positive(raw, "decoder_sparse_step", 1), raw.get("mlp_only_layers") or ()
+        layers = frozenset(layer for layer in layers if layer not in dense and (layer + 1) % step == 0)
+    return MixtureConfig(
+        names=names,
+        num_experts=num_experts,
+        num_active=num_active,
+        intermediate_size=_positive(raw, names.intermediate_size),
+        shared_intermediate_size=_positive(raw, "shared_expert_intermediate_size") if names.shared else 0,
+        renormalize=names.renormalize is None or bool(raw.get(names.renormalize, False)),
+        layers=layers,
+    )
+
+
 def _sliding_windows(raw: Mapping[str, Any], architecture: Architecture, num_layers: int) -> tuple[int | None, ...]:
     window = raw.get("sliding_window")
     if architecture.sliding_window == "none" or window is None:
@@ -200,6 +292,8 @@ def _sliding_windows(raw: Mapping[str, Any], architecture: Architecture, num_lay
         return (int(window),) * num_layers
     if not raw.get("use_sliding_window", False):
         return (None,) * num_layers
+    if architecture.sliding_window == "used":
+        return (int(window),) * num_layers
     layer_types = raw.get("layer_types")
     if layer_types is None:
         first = raw.get("max_window_layers", num_layers)

@@ -21,24 +21,24 @@ from kernels.backend import (
     RotaryTable,
 )
 from server.model_config import ModelConfig
+from server.models.mlp import Mlp
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderLayer:
-    """One layer's prepared weights. Norms are fp32 [hidden]; q, k, v and gate, up are fused along their outputs."""
+    """One layer's prepared weights. Norms are fp32 [hidden]; q, k, v are fused along their outputs."""
 
     input_norm: Tensor
     qkv: PreparedLinear
     qk_norm: QKNorm | None
     o: PreparedLinear
     post_attention_norm: Tensor
-    gate_up: PreparedLinear
-    down: PreparedLinear
+    mlp: Mlp
     sliding_window: int | None
 
     @property
     def nbytes(self) -> int:
-        return sum(linear.nbytes for linear in (self.qkv, self.o, self.gate_up, self.down))
+        return self.qkv.nbytes + self.o.nbytes + self.mlp.nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +65,7 @@ class Decoder:
         self.rotary = rotary
         self.attention_shape = AttentionShape(config.num_heads, config.num_kv_heads, config.head_dim)
         self.attention_scale = config.head_dim**-0.5
+        self.activation = cast(Activation, config.activation)
 
     def forward(self, batch: ForwardBatch, kv: Sequence[KVCache]) -> Tensor:
         """Logits, fp32 [batch.num_rows, vocabulary], of the rows that the batch selects; writes the batch's keys and values."""
@@ -80,9 +81,9 @@ class Decoder:
                 attended, residual = backend.pick_rows(attended, residual, batch, for_linear=layer.o)
             x = backend.linear(attended, layer.o)
             hidden, residual = backend.add_rms_norm(
-                x, residual, layer.post_attention_norm, eps, for_linear=layer.gate_up
+                x, residual, layer.post_attention_norm, eps, for_linear=layer.mlp.reader
             )
-            x = self._mlp(layer, hidden)
+            x = layer.mlp.forward(backend, hidden, self.activation)
             norm = following.input_norm if following else self.weights.final_norm
             hidden, residual = backend.add_rms_norm(
                 x, residual, norm, eps, for_linear=following.qkv if following else self.weights.head
@@ -103,8 +104,3 @@ class Decoder:
         return backend.attention(
             q, shape, kv, batch, self.attention_scale, window=layer.sliding_window, for_linear=for_linear
         )
-
-    def _mlp(self, layer: DecoderLayer, hidden: LinearInput) -> Tensor:
-        activation = cast(Activation, self.config.activation)
-        gated = self.backend.gated_linear(hidden, layer.gate_up, activation, for_linear=layer.down)
-        return self.backend.linear(gated, layer.down)

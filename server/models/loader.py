@@ -14,6 +14,8 @@ from server.model_config import ModelConfig, ModelError
 from server.models.checkpoint import Checkpoint
 from server.models.decoder import Decoder, DecoderLayer, DecoderWeights
 from server.models.formats import check_module, is_quantized, read_module
+from server.models.mixture import mixture_linears, prepare_mixture
+from server.models.mlp import DenseMlp, MixtureMlp, Mlp
 from server.models.rotary import rotary_table
 
 FLOAT_DTYPES = ("F16", "BF16", "F32")
@@ -21,6 +23,8 @@ FLOAT_DTYPES = ("F16", "BF16", "F32")
 FUSED_LINEARS: Mapping[str, tuple[str, ...]] = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "o": ("self_attn.o_proj",),
+}
+DENSE_MLP: Mapping[str, tuple[str, ...]] = {
     "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
     "down": ("mlp.down_proj",),
 }
@@ -67,9 +71,7 @@ class _Reader:
 
     def layer(self, index: int) -> DecoderLayer:
         prefix = f"model.layers.{index}"
-        linears = {
-            role: self.linear([f"{prefix}.{module}" for module in modules]) for role, modules in FUSED_LINEARS.items()
-        }
+        linears = self.fused(prefix, FUSED_LINEARS)
         norms = [self.norm(f"{prefix}.{name}") for name in _LAYER_NORMS]
         qk_norm = None
         if self.config.qk_norm:
@@ -80,8 +82,18 @@ class _Reader:
             post_attention_norm=norms[1],
             qk_norm=qk_norm,
             sliding_window=self.config.sliding_windows[index],
+            mlp=self.mlp(prefix, index),
             **linears,
         )
+
+    def fused(self, prefix: str, roles: Mapping[str, tuple[str, ...]]) -> dict[str, PreparedLinear]:
+        return {role: self.linear([f"{prefix}.{module}" for module in modules]) for role, modules in roles.items()}
+
+    def mlp(self, prefix: str, index: int) -> Mlp:
+        mixture = self.config.mixture
+        if mixture is not None and index in mixture.layers:
+            return MixtureMlp(prepare_mixture(self.backend, mixture, prefix, self.weight))
+        return DenseMlp(**self.fused(prefix, DENSE_MLP))
 
     def norm(self, name: str) -> Tensor:
         return self.backend.prepare_norm(self.checkpoint.read(f"{name}.weight"))
@@ -140,6 +152,10 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
         linear(f"{prefix}.self_attn.k_proj", kv_size, hidden, config.qkv_bias)
         linear(f"{prefix}.self_attn.v_proj", kv_size, hidden, config.qkv_bias)
         linear(f"{prefix}.self_attn.o_proj", hidden, q_size, config.o_bias)
+        if config.mixture is not None and index in config.mixture.layers:
+            for module, (out_features, in_features) in mixture_linears(config.mixture, prefix, hidden).items():
+                linear(module, out_features, in_features, bias=False)
+            continue
         linear(f"{prefix}.mlp.gate_proj", inner, hidden, config.mlp_bias)
         linear(f"{prefix}.mlp.up_proj", inner, hidden, config.mlp_bias)
         linear(f"{prefix}.mlp.down_proj", hidden, inner, config.mlp_bias)
