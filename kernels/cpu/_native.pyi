@@ -88,6 +88,18 @@ class Program:
         packed: _Packed,
         dense: Tensor | None,
     ) -> None: ...
+    def moe(
+        self,
+        router: Sequence[PackedLinear],
+        router_inputs: Sequence[Tensor],
+        inputs: _Packed,
+        experts: Sequence[tuple[Sequence[PackedLinear], PackedLinear]],
+        num_active: int,
+        renormalize: bool,
+        shared: bool,
+        activation: str,
+        y: Tensor,
+    ) -> None: ...
     def rope_and_store(
         self,
         qkv: Tensor,
