@@ -19,8 +19,6 @@ from kernels.backend import (
     AttentionShape,
     BackendOptions,
     ExpertWeights,
-    ForwardBatch,
-    HostBackend,
     KVCache,
     KVCacheSpec,
     LinearInput,
@@ -31,9 +29,10 @@ from kernels.backend import (
     RotaryTable,
     Routing,
     SampledRows,
-    SamplingBatch,
 )
+from kernels.batch import ForwardBatch, SamplingBatch
 from kernels.format import AwqWeight, DenseWeight
+from kernels.host import HostBackend
 
 ROW_MULTIPLE = 8
 """Rows that a plain matmul is padded to: the least for which the BLAS gives each row the same bits in any batch."""
@@ -155,9 +154,7 @@ class ReferenceBackend(HostBackend):
         weight = torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
         return DenseLinear(weight, bias.float() if bias is not None else None)
 
-    def prepare_experts(
-        self, router: DenseWeight, experts: Iterable[ExpertWeights], routing: Routing
-    ) -> DenseExperts:
+    def prepare_experts(self, router: DenseWeight, experts: Iterable[ExpertWeights], routing: Routing) -> DenseExperts:
         prepared = [
             (self.prepare_linear(expert.gate_up, None), self.prepare_linear([expert.down], None)) for expert in experts
         ]
@@ -322,7 +319,7 @@ class ReferenceBackend(HostBackend):
 
 
 def route(logits: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
-    """The experts of each token and their weights, both [rows, active], in the order of `Backend.moe`. logits: fp32, the router's."""
+    """The experts of each token and their weights, both [rows, active], in the order of `Backend.moe`."""
     shared = logits[:, -1:].sigmoid() if routing.shared else logits[:, :0]
     logits = logits[:, :-1] if routing.shared else logits
     chosen = logits.sort(dim=-1, descending=True, stable=True).indices[:, : routing.num_active]

@@ -61,7 +61,9 @@ class Architecture:
     qkv_bias: bool | None = False  # None: config.json's `attention_bias` says
     o_bias: bool | None = False
     qk_norm: bool = False
-    sliding_window: str = "none"  # "all" layers, "used" for all if `use_sliding_window`, "layer_types" as config.json lists them
+    sliding_window: str = (
+        "none"  # "all" layers, "used" for all if `use_sliding_window`, "layer_types" as config.json lists them
+    )
     mixture: MixtureNames | None = None
 
 
@@ -71,12 +73,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "qwen2": Architecture(qkv_bias=True, sliding_window="layer_types"),
     "qwen3": Architecture(qkv_bias=None, o_bias=None, qk_norm=True, sliding_window="layer_types"),
     "mixtral": Architecture(sliding_window="all", mixture=_MIXTRAL_MIXTURE),
-    "qwen2_moe": Architecture(
-        qkv_bias=True, sliding_window="layer_types", mixture=replace(_QWEN_MIXTURE, shared=True)
-    ),
-    "qwen3_moe": Architecture(
-        qkv_bias=None, o_bias=None, qk_norm=True, sliding_window="used", mixture=_QWEN_MIXTURE
-    ),
+    "qwen2_moe": Architecture(qkv_bias=True, sliding_window="layer_types", mixture=replace(_QWEN_MIXTURE, shared=True)),
+    "qwen3_moe": Architecture(qkv_bias=None, o_bias=None, qk_norm=True, sliding_window="used", mixture=_QWEN_MIXTURE),
 }
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}

@@ -18,6 +18,8 @@ HEAVY = ("torch", "transformers", "triton", "fastapi", "pydantic", "prometheus_c
 RULES: list[tuple[str, tuple[str, ...]]] = [
     ("kernels", ("server", "quantizer", "transformers", "fastapi")),
     ("kernels.format", ("kernels.backend", "kernels.cpu", "kernels.gpu", "kernels.reference")),
+    ("kernels.batch", ("kernels.backend", "kernels.choice", "kernels.cpu", "kernels.gpu", "kernels.reference")),
+    ("kernels.backend", ("kernels.choice", "kernels.cpu", "kernels.gpu", "kernels.host", "kernels.reference")),
     ("kernels.gpu", ("kernels.cpu",)),
     ("kernels.cpu", ("kernels.gpu", "triton")),
     ("quantizer", ("server", "fastapi")),
@@ -51,10 +53,16 @@ def modules() -> dict[str, Path]:
     return names
 
 
-def imports(path: Path) -> set[str]:
-    """Absolute names of all imports anywhere in the file, lazy ones and those for type checking only included."""
+def imports(path: Path, at_run_time: bool = False) -> set[str]:
+    """Absolute names of all imports anywhere in the file, lazy ones included, and those for type checking only unless
+    `at_run_time`."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    if at_run_time:
+        tree.body = [
+            node for node in tree.body if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
+        ]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -94,6 +102,27 @@ def test_a_planted_import_is_found() -> None:
     assert violations("kernels.cpu.backend", {"server.types"}) and not violations("server.api.app", {"server.types"})
 
 
+def on_a_circle(graph: dict[str, set[str]]) -> set[str]:
+    """The modules that import themselves through others."""
+
+    def reached(name: str) -> set[str]:
+        seen: set[str] = set()
+        pending = list(graph[name])
+        while pending:
+            if (other := pending.pop()) not in seen:
+                seen.add(other)
+                pending += graph[other]
+        return seen
+
+    return {name for name in graph if name in reached(name)}
+
+
+def test_kernels_import_each_other_in_no_circle() -> None:
+    found = {name: imports(path, True) for name, path in modules().items() if is_within(name, "kernels")}
+    assert not on_a_circle({name: {other for other in imported if other in found} for name, imported in found.items()})
+    assert on_a_circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == {"b", "c"}
+
+
 def run_python(code: str) -> str:
     return subprocess.run(
         [sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT
@@ -105,6 +134,7 @@ def run_python(code: str) -> str:
     [
         ("kernels", ("torch", "triton")),
         ("kernels.backend", ("triton", "transformers")),
+        ("kernels.choice", ("triton", "transformers", "kernels.cpu", "kernels.gpu", "kernels.reference")),
         ("kernels.gpu.tuning", ("torch", "triton")),
         ("server.engine.client", ("torch", "transformers", "fastapi")),
         ("server.api.app", ("torch", "transformers")),
@@ -118,8 +148,9 @@ def test_importing_brings_in_nothing_heavy(module: str, absent: tuple[str, ...])
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="speaks of machines without a GPU")
 def test_a_machine_without_a_gpu_does_not_wait_for_triton() -> None:
-    code = "import sys; from kernels.backend import *; create_backend('auto', BackendOptions(num_threads=1))"
-    assert run_python(f"{code}; print('triton' in sys.modules)") == "False"
+    code = "import sys; from kernels.backend import BackendOptions; from kernels.choice import create_backend"
+    code += "; create_backend('auto', BackendOptions(num_threads=1)); print('triton' in sys.modules)"
+    assert run_python(code) == "False"
 
 
 def test_transformers_does_not_take_our_kernels_for_the_hub_package() -> None:

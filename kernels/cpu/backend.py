@@ -18,8 +18,6 @@ from kernels.backend import (
     AttentionShape,
     BackendOptions,
     ExpertWeights,
-    ForwardBatch,
-    HostBackend,
     KVCache,
     KVCacheSpec,
     LinearInput,
@@ -30,14 +28,15 @@ from kernels.backend import (
     RotaryTable,
     Routing,
     SampledRows,
-    SamplingBatch,
 )
+from kernels.batch import ForwardBatch, SamplingBatch
 from kernels.cpu import _native
 from kernels.cpu.buffers import BufferPool, map_zeros
 from kernels.cpu.experts import CpuExperts, expect_cpu_experts, pack_experts
 from kernels.cpu.linear import CpuLinear, CpuLinearInput, expect_cpu_linear, pack_head, pack_linear, to_16_bit
 from kernels.cpu.threads import usable_cores
 from kernels.format import AwqWeight, DenseWeight
+from kernels.host import HostBackend
 
 logger = logging.getLogger(__name__)
 
@@ -132,9 +131,7 @@ class CpuBackend(HostBackend):
     def prepare_linear(self, weights: Sequence[AwqWeight | DenseWeight], bias: Tensor | None) -> CpuLinear:
         return pack_linear(weights, bias, self.options.cpu_activations)
 
-    def prepare_experts(
-        self, router: DenseWeight, experts: Iterable[ExpertWeights], routing: Routing
-    ) -> CpuExperts:
+    def prepare_experts(self, router: DenseWeight, experts: Iterable[ExpertWeights], routing: Routing) -> CpuExperts:
         return pack_experts(router, experts, routing, self.options.cpu_activations)
 
     def prepare_head(self, weight: DenseWeight | AwqWeight) -> CpuLinear:

@@ -15,12 +15,9 @@ import torch
 from torch import Tensor
 
 from kernels.backend import (
-    FORWARD_BUFFERS,
-    SAMPLING_BUFFERS,
     Activation,
     AttentionShape,
     BackendOptions,
-    ForwardBatch,
     KVCache,
     KVCacheSpec,
     LinearInput,
@@ -30,14 +27,14 @@ from kernels.backend import (
     QKNorm,
     RotaryTable,
     SampledRows,
-    SamplingBatch,
 )
+from kernels.batch import FORWARD_BUFFERS, SAMPLING_BUFFERS, ForwardBatch, SamplingBatch
 from kernels.format import AwqWeight, DenseWeight
 from kernels.gpu import attention, awq_gemm, fused, sampling
 from kernels.gpu.autotune import cache_path, choose, load
 from kernels.gpu.awq_gemm import PackedAwq
 from kernels.gpu.device import Device, Staging
-from kernels.gpu.program import GpuProgram
+from kernels.gpu.program import Extent, GpuProgram
 from kernels.gpu.tuning import attention_config, attention_segment, dense_tile, gemm_config
 
 logger = logging.getLogger(__name__)
@@ -106,22 +103,6 @@ class GpuSampledRows(SampledRows):
         self.device.wait(self.ticket)
         rows = self.host[:, : self.token_ids.shape[0]].tolist()
         return rows[0], [value != 0 for value in rows[1]]
-
-
-@dataclass(frozen=True, slots=True)
-class Extent:
-    """How many rows the ops at hand compute: the step's own, or a bucket's."""
-
-    num_tokens: int
-    num_sequences: int
-    num_rows: int
-    decodes: bool
-    prefills: bool
-
-    @classmethod
-    def of(cls, batch: ForwardBatch) -> Extent:
-        lengths = batch.host_query_lens
-        return cls(batch.num_tokens, batch.num_sequences, batch.num_rows, 1 in lengths, any(n > 1 for n in lengths))
 
 
 @dataclass(slots=True)

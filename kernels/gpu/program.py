@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from kernels.backend import ForwardBatch, SamplingBatch
+from kernels.batch import ForwardBatch, SamplingBatch
 from kernels.gpu.device import Graph
 from kernels.gpu.tuning import graph_buckets
 
@@ -20,6 +21,22 @@ logger = logging.getLogger(__name__)
 
 _ROWS_TRIED = (1, 9, 17, 33, 65)
 """Row counts, one per regime of the products below the largest step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """How many rows the ops at hand compute: the step's own, or a bucket's."""
+
+    num_tokens: int
+    num_sequences: int
+    num_rows: int
+    decodes: bool
+    prefills: bool
+
+    @classmethod
+    def of(cls, batch: ForwardBatch) -> Extent:
+        lengths = batch.host_query_lens
+        return cls(batch.num_tokens, batch.num_sequences, batch.num_rows, 1 in lengths, any(n > 1 for n in lengths))
 
 
 class GpuProgram:
@@ -100,8 +117,6 @@ class GpuProgram:
         self._graphs[bucket] = (graph, outputs[-1])
 
     def _run_with(self, num_tokens: int, num_sequences: int, num_rows: int, prefills: bool) -> Tensor:
-        from kernels.gpu.backend import Extent
-
         self._backend.extent = Extent(num_tokens, num_sequences, num_rows, True, prefills)
         try:
             return self._forward()

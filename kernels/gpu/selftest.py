@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kernels.backend import AttentionShape, BackendOptions, ForwardBatch, KVCacheSpec, QKNorm
+from kernels.backend import AttentionShape, BackendOptions, KVCacheSpec, QKNorm
+from kernels.batch import ForwardBatch
 from kernels.format import AwqWeight, DenseWeight
 from kernels.gpu.backend import GpuBackend, GpuInput
 from kernels.gpu.device import CudaDevice

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kernels.backend import ForwardBatch
+from kernels.batch import ForwardBatch
 from server.engine.step import ScheduledBatch
 
 

@@ -8,7 +8,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from kernels.backend import Backend, BackendOptions, KVCacheSpec, create_backend
+from kernels.backend import Backend, BackendOptions, KVCacheSpec
+from kernels.choice import create_backend
 from server.config import EngineConfig
 from server.engine.block_manager import BlockManager
 from server.engine.kv_cache import DEFAULT_POOL_SHARE, GPU_POOL_SHARE, plan_kv_cache

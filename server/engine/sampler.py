@@ -6,7 +6,8 @@ from collections.abc import Sequence as Rows
 
 from torch import Tensor
 
-from kernels.backend import Backend, Penalties, SamplingBatch
+from kernels.backend import Backend, Penalties
+from kernels.batch import SamplingBatch
 from server.engine.logits import LogitRules
 from server.engine.sequence import Sequence
 from server.engine.token_mask import TokenMask

@@ -12,7 +12,6 @@ from kernels.backend import (
     Activation,
     AttentionShape,
     Backend,
-    ForwardBatch,
     KVCache,
     LinearInput,
     PreparedEmbedding,
@@ -20,6 +19,7 @@ from kernels.backend import (
     QKNorm,
     RotaryTable,
 )
+from kernels.batch import ForwardBatch
 from server.model_config import ModelConfig
 from server.models.mlp import Mlp
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.backend import AttentionShape, BackendOptions, ForwardBatch, KVCacheSpec
+from kernels.backend import AttentionShape, BackendOptions, KVCacheSpec
+from kernels.batch import ForwardBatch
 from kernels.gpu import attention
 from kernels.gpu.tuning import CHIPS, attention_config
 from kernels.reference import DenseKVCache, ReferenceBackend

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from kernels import bench
-from kernels.backend import BackendOptions, create_backend
+from kernels.backend import BackendOptions
+from kernels.choice import create_backend
 from kernels.gpu.backend import GpuBackend
 from kernels.gpu.device import Staging
 from kernels.gpu.tuning import CHIPS, attention_segment, graph_buckets

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.backend import BackendOptions, ForwardBatch, KVCacheSpec
+from kernels.backend import BackendOptions, KVCacheSpec
+from kernels.batch import ForwardBatch
 from kernels.gpu import launch
 from kernels.gpu.backend import GpuBackend
 from kernels.gpu.launch import Launch

@@ -6,15 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.backend import (
-    PROMPT_FLAG,
-    AttentionShape,
-    BackendOptions,
-    KVCacheSpec,
-    QKNorm,
-    RotaryTable,
-    SamplingBatch,
-)
+from kernels.backend import PROMPT_FLAG, AttentionShape, BackendOptions, KVCacheSpec, QKNorm, RotaryTable
+from kernels.batch import SamplingBatch
 from kernels.gpu import fused, sampling
 from kernels.gpu.backend import GpuBackend
 from kernels.reference import DenseKVCache, ReferenceBackend

@@ -6,7 +6,7 @@ import random
 
 import torch
 
-from kernels.backend import ForwardBatch
+from kernels.batch import ForwardBatch
 
 BLOCK_SIZE = 16
 

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from kernels.backend import AttentionShape, BackendOptions, KVCacheSpec, QKNorm, RotaryTable, SamplingBatch
+from kernels.backend import AttentionShape, BackendOptions, KVCacheSpec, QKNorm, RotaryTable
+from kernels.batch import SamplingBatch
 from kernels.format import DenseWeight
 from kernels.reference import ReferenceBackend
 from kernels.reference import uniform as reference_uniform

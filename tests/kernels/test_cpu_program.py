@@ -13,16 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.backend import (
-    AttentionShape,
-    Backend,
-    BackendOptions,
-    ForwardBatch,
-    KVCache,
-    KVCacheSpec,
-    QKNorm,
-    create_backend,
-)
+from kernels.backend import AttentionShape, Backend, BackendOptions, KVCache, KVCacheSpec, QKNorm
+from kernels.batch import ForwardBatch
+from kernels.choice import create_backend
 from kernels.format import AwqWeight, DenseWeight, pack_int4
 from kernels.reference import ReferenceBackend
 from tests.kernels.batches import BLOCK_SIZE, make_batch, make_tables

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from kernels.backend import AttentionShape, BackendOptions, KVCacheSpec, QKNorm, RotaryTable, SamplingBatch
+from kernels.backend import AttentionShape, BackendOptions, KVCacheSpec, QKNorm, RotaryTable
+from kernels.batch import SamplingBatch
 from kernels.format import DenseWeight
 from kernels.reference import DenseInput, DenseLinear, ReferenceBackend, sample_rows, uniform
 from tests.kernels.batches import BLOCK_SIZE, make_batch, make_tables

@@ -21,7 +21,7 @@ struct Counts {
   int64_t num_tokens = 0, num_sequences = 0, num_rows = 0;
 };
 
-// The buffers of a ForwardBatch (kernels/backend.py), at fixed addresses.
+// The buffers of a ForwardBatch (kernels/batch.py), at fixed addresses.
 struct Batch {
   const int32_t* counts = nullptr;
   const int32_t* input_ids = nullptr;

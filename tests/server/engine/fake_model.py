@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from kernels.backend import ForwardBatch
+from kernels.batch import ForwardBatch
 from server.engine.batch import fill_forward_batch
 from server.engine.block_manager import BlockManager
 from server.engine.engine import Engine

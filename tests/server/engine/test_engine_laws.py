@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kernels.backend import ForwardBatch
+from kernels.batch import ForwardBatch
 from server.engine import block_manager as block_manager_module
 from server.engine.block_manager import BlockManager
 from server.types import AbortReason, FinishReason

@@ -12,7 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.backend import BackendOptions, SamplingBatch
+from kernels.backend import BackendOptions
+from kernels.batch import SamplingBatch
 from kernels.reference import ReferenceBackend
 from server.engine.sampler import NOTHING_LEFT, Sampler
 from server.engine.sequence import Sequence as EngineSequence

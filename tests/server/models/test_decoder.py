@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.backend import BackendOptions, ForwardBatch, KVCacheSpec
+from kernels.backend import BackendOptions, KVCacheSpec
+from kernels.batch import ForwardBatch
 from kernels.reference import ReferenceBackend
 from server.model_config import load_model_config
 from server.models.loader import load_decoder
