@@ -98,6 +98,13 @@ def load_reference(directory: Path) -> torch.nn.Module:
     return model.eval()
 
 
+def layer_tensors(directory: Path, index: int) -> dict[str, torch.Tensor]:
+    """A layer's tensors as an unsharded checkpoint has them, under names relative to the layer."""
+    prefix = f"model.layers.{index}."
+    tensors = load_file(directory / "model.safetensors")
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
 @torch.no_grad()
 def reference_logits(model: torch.nn.Module, token_ids: list[int]) -> torch.Tensor:
     return model(torch.tensor([token_ids])).logits[0].float()
