@@ -73,6 +73,20 @@ def test_a_token_does_not_depend_on_the_batch_nor_on_threads(isa: str, name: str
     assert torch.equal(run(two, experts, x[order]), whole[order])
 
 
+def test_only_experts_that_a_token_goes_to_are_read() -> None:
+    """A batch reads the union of its tokens' experts, each once."""
+    mixture, backend = MIXTURES["many"], cpu()
+    experts, rows = mixture.prepare(backend), 5
+    x = make_inputs(rows, mixture.hidden)
+    program = _native.Program(backend._pool)
+    backend._program = lambda batch, *kept: program  # type: ignore[method-assign]
+    run(backend, experts, x)
+    logits = x @ mixture.router().weight.float().t()
+    chosen = logits[:, :-1].topk(mixture.num_active).indices
+    assert program.num_experts_read == chosen.unique().numel() + 1  # the shared one
+    assert rows * mixture.num_active > chosen.unique().numel() > mixture.num_active
+
+
 def test_what_is_not_finite_shows_in_its_token_alone(isa: str) -> None:
     mixture, backend = MIXTURES["shared"], cpu()
     experts, x = mixture.prepare(backend), make_inputs(40, mixture.hidden)

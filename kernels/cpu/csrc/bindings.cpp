@@ -647,6 +647,7 @@ NB_MODULE(_native, m) {
         program.run({num_tokens, num_sequences, num_rows});
       }, nb::arg("num_tokens"), nb::arg("num_sequences") = 0, nb::arg("num_rows") = 0)
       .def_rw("profiling", &Program::profiling)
+      .def_ro("num_experts_read", &Program::num_experts_read)
       .def_prop_ro("seconds_by_kind", [](const Program& program) {
         nb::dict result;
         for (const auto& [kind, seconds] : program.seconds_by_kind) result[kind.c_str()] = seconds;

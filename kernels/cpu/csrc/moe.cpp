@@ -74,6 +74,7 @@ void MoeOp::run_tokens(RunContext& context, int64_t first_token, int64_t num_tok
   run_parts(context, parts, num_tokens, at<float>(plan_.logits), static_cast<int64_t>(experts.size()));
   route(context, num_tokens);
   sort(num_tokens);
+  context.num_experts_read += static_cast<int64_t>(touched_.size());
   gather(context, first_token);
   run_gate_up(context, first_token);
   run_activation(context);
