@@ -119,8 +119,8 @@ def decode_kernel(
     seq_lens_ptr,
     query_starts_ptr,
     counts_ptr,
-    acc_ptr,  # fp32 [sequences, kv heads, segments, ROWS, D]
-    stats_ptr,  # fp32 [sequences, kv heads, segments, 2, ROWS]: maximum and sum
+    acc_ptr,  # fp32 [sequences, kv heads, segments, GROUP, D]
+    stats_ptr,  # fp32 [sequences, kv heads, segments, 2, GROUP]: maximum and sum
     scale,
     soft_cap,
     window,
@@ -166,10 +166,10 @@ def decode_kernel(
         ROWS, KV_HEADS, D, BLOCK_D, BLOCK_SIZE, KEYS, WINDOW, SOFT_CAP,
     )  # fmt: skip
     place = (sequence.to(tl.int64) * KV_HEADS + kv_head) * tl.num_programs(2) + segment
-    acc_offsets = (place * ROWS + rows)[:, None] * D + channels[None, :]
+    acc_offsets = (place * GROUP + rows)[:, None] * D + channels[None, :]
     tl.store(acc_ptr + acc_offsets, acc, mask=(rows < GROUP)[:, None] & (channels < D)[None, :])
-    tl.store(stats_ptr + place * (2 * ROWS) + rows, maximum)
-    tl.store(stats_ptr + place * (2 * ROWS) + ROWS + rows, total)
+    tl.store(stats_ptr + place * (2 * GROUP) + rows, maximum, mask=rows < GROUP)
+    tl.store(stats_ptr + place * (2 * GROUP) + GROUP + rows, total, mask=rows < GROUP)
 
 
 @triton.jit(do_not_specialize=["window", "num_segments"])
@@ -211,9 +211,9 @@ def merge_kernel(
         first = ((tl.maximum(seq_len - window, 0) // KEYS) * KEYS) // SEGMENT
     for segment in range(first, tl.cdiv(seq_len, SEGMENT)):
         place = (sequence.to(tl.int64) * KV_HEADS + kv_head) * num_segments + segment
-        other = tl.load(acc_ptr + (place * ROWS + rows)[:, None] * D + channels[None, :], mask=mask, other=0.0)
-        other_maximum = tl.load(stats_ptr + place * (2 * ROWS) + rows)
-        other_total = tl.load(stats_ptr + place * (2 * ROWS) + ROWS + rows)
+        other = tl.load(acc_ptr + (place * GROUP + rows)[:, None] * D + channels[None, :], mask=mask, other=0.0)
+        other_maximum = tl.load(stats_ptr + place * (2 * GROUP) + rows, mask=rows < GROUP, other=float("-inf"))
+        other_total = tl.load(stats_ptr + place * (2 * GROUP) + GROUP + rows, mask=rows < GROUP, other=0.0)
         maximum, total, acc = merge(maximum, total, acc, other_maximum, other_total, other)
     out_offsets = (token.to(tl.int64) * HEADS + kv_head * GROUP + rows)[:, None] * D + channels[None, :]
     tl.store(out_ptr + out_offsets, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
@@ -311,9 +311,9 @@ def decode_rows(heads: int, kv_heads: int) -> int:
     return max(16, triton.next_power_of_2(heads // kv_heads))
 
 
-def workspace_sizes(max_sequences: int, heads: int, kv_heads: int, head_dim: int, num_segments: int) -> tuple[int, int]:
+def workspace_sizes(max_sequences: int, heads: int, head_dim: int, num_segments: int) -> tuple[int, int]:
     """fp32 values of the decode kernel's two workspaces."""
-    places = max_sequences * kv_heads * num_segments * decode_rows(heads, kv_heads)
+    places = max_sequences * heads * num_segments
     return places * head_dim, 2 * places
 
 
@@ -343,7 +343,7 @@ def _decode(
     heads, head_dim = q.shape[1:]
     _, kv_heads, block_size, _ = keys.shape
     rows = decode_rows(heads, kv_heads)
-    needed = workspace_sizes(num_sequences, heads, kv_heads, head_dim, num_segments)
+    needed = workspace_sizes(num_sequences, heads, head_dim, num_segments)
     expect(
         acc.numel() >= needed[0] and stats.numel() >= needed[1],
         "attention_decode",

@@ -35,7 +35,16 @@ from kernels.gpu.autotune import cache_path, choose, load
 from kernels.gpu.awq_gemm import PackedAwq
 from kernels.gpu.device import Device, Staging
 from kernels.gpu.program import Extent, GpuProgram
-from kernels.gpu.tuning import attention_config, attention_segment, dense_tile, gemm_config
+from kernels.gpu.tuning import (
+    MAX_PARTIAL_ROWS,
+    GemmConfig,
+    attention_config,
+    attention_segment,
+    dense_tile,
+    gemm_config,
+    graph_bucket,
+    regimes,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +116,7 @@ class GpuSampledRows(SampledRows):
 
 @dataclass(slots=True)
 class Workspace:
-    """Buffers that ops share in stream order. They grow while kernels are tried, never once a graph has seen them."""
+    """Buffers that ops share in stream order. They grow while kernels are tried, never while serving: graphs have seen them."""
 
     device: torch.device
     is_frozen: bool = False
@@ -141,7 +150,7 @@ class GpuBackend:
         self.extent: Extent | None = None  # of the bucket being captured
         self._staging: Staging | None = None
         self._result: tuple[Tensor, Tensor] | None = None
-        self._largest_quantized = 0
+        self._quantized_shapes: set[tuple[int, int, int]] = set()  # N, K, group size
         self._dtype_name = str(self.dtype).removeprefix("torch.")
         self.tuned = load(cache_path(device.chip))
         logger.info(
@@ -159,7 +168,7 @@ class GpuBackend:
         parts = _fuse([self._prepare(weight) for weight in weights])
         for part in parts:
             if isinstance(part, PackedAwq):
-                self._largest_quantized = max(self._largest_quantized, part.out_features * part.in_features)
+                self._quantized_shapes.add((part.out_features, part.in_features, part.group_size))
         placed = self.gpu.place(bias.float()) if bias is not None else None
         return GpuLinear(parts, weights[0].in_features, sum(weight.out_features for weight in weights), placed)
 
@@ -215,10 +224,15 @@ class GpuBackend:
         self, max_tokens: int, max_rows: int, hidden_size: int, intermediate_size: int, vocab_size: int
     ) -> int:
         # Live at once: two residuals in fp32, a norm's output, the widest projection and what is made of it; the logits, twice
-        # with a copy in 16 bit; a weight expanded for prefill; partial sums and graphs.
+        # with a copy in 16 bit; a weight expanded for prefill; attention's partial sums, of heads that together may be twice as
+        # wide as the residual; the products' and graphs.
         per_token = 2 * 4 * hidden_size + 2 * hidden_size + 2 * 3 * intermediate_size
         logits = 3 * max_rows * vocab_size * 4
-        return max_tokens * per_token + logits + 2 * self._largest_quantized + (512 << 20)
+        partials = MAX_PARTIAL_ROWS * 4 * 2 * hidden_size
+        return max_tokens * per_token + logits + 2 * self._largest_quantized() + partials + (512 << 20)
+
+    def _largest_quantized(self) -> int:
+        return max((n * k for n, k, _ in self._quantized_shapes), default=0)
 
     def memory(self) -> tuple[int, int]:
         return self.gpu.memory()
@@ -298,25 +312,46 @@ class GpuBackend:
             if isinstance(part, PackedAwq):
                 self._quantized(x, part, bias, columns)
             else:
-                tile, num_warps = dense_tile(self.gpu.chip) if self.options.batch_invariant else (0, 4)
+                # AMD's library has no product of 16 bit operands with fp32 results: ours is better than operands widened first.
+                own = self.options.batch_invariant or (out.dtype == torch.float32 and not self.gpu.use_ptx)
+                tile, num_warps = dense_tile(self.gpu.chip) if own else (0, 4)
                 fused.dense(x, part, bias, columns, tile, num_warps)
             first = last
         return out
 
     def _quantized(self, x: Tensor, part: PackedAwq, bias: Tensor | None, out: Tensor) -> None:
         n, k, rows = part.out_features, part.in_features, x.shape[0]
-        if self.options.batch_invariant:
-            config = gemm_config(self.gpu.chip, rows, n, k, part.group_size, batch_invariant=True)
-        else:
-            config = choose(self.gpu.chip, self.tuned, rows, n, k, part.group_size, self._dtype_name)
+        config = self._config(rows, n, k, part.group_size)
         if config.dequantize:
-            dense = self.workspace.take("dequantized", self._largest_quantized, self.dtype)[: n * k].view(n, k)
+            dense = self.workspace.take("dequantized", self._largest_quantized(), self.dtype)[: n * k].view(n, k)
             awq_gemm.dequantize(part, dense, self.gpu.use_ptx)
             fused.dense(x, dense, bias, out, 0, 4)
             return
         partials = self.workspace.take("partials", config.partials(rows, n), torch.float32)
-        arrivals = self.workspace.take("arrivals", config.tiles(rows, n), torch.int32)
+        arrivals = self.workspace.take("arrivals", config.arrivals(rows, n), torch.int32)
         awq_gemm.gemm(x, part, bias, out, partials, arrivals, config, self.gpu.use_ptx)
+
+    def _config(self, rows: int, n: int, k: int, group_size: int) -> GemmConfig:
+        if self.options.batch_invariant:
+            return gemm_config(self.gpu.chip, rows, n, k, group_size, batch_invariant=True)
+        return choose(self.gpu.chip, self.tuned, rows, n, k, group_size, self._dtype_name)
+
+    def reserve(self, max_rows: int) -> list[int]:
+        """Makes the workspaces that products of up to max_rows rows may ask for. Returns row counts that between them run every
+        configuration of every product."""
+        partials = arrivals = 0
+
+        def configs(rows: int) -> tuple[GemmConfig, ...]:
+            nonlocal partials, arrivals
+            found = [(n, self._config(rows, n, k, group_size)) for n, k, group_size in self._quantized_shapes]
+            partials = max([partials, *(config.partials(rows, n) for n, config in found)])
+            arrivals = max([arrivals, *(config.arrivals(rows, n) for n, config in found)])
+            return tuple(config for _, config in found)
+
+        tried = regimes(configs, max_rows)
+        self.workspace.take("partials", partials, torch.float32)
+        self.workspace.take("arrivals", arrivals, torch.int32)
+        return tried
 
     def rope_and_store(
         self,
@@ -365,16 +400,16 @@ class GpuBackend:
         extent, invariant = self._extent(batch), self.options.batch_invariant
         out = self._empty(q.shape[0], shape.q_size)
         max_keys = batch.block_tables.shape[1] * kv.keys.shape[2]
-        segment = attention_segment(self.gpu.chip, extent.num_sequences, shape.num_kv_heads, max_keys, invariant)
+        # By bucket also in a step without a graph, so that it meets no length of segments for the first time.
+        num_sequences = batch.max_sequences if invariant else graph_bucket(extent.num_sequences, batch.max_sequences)
+        segment = attention_segment(self.gpu.chip, num_sequences, shape.num_kv_heads, max_keys, invariant)
         group, int8 = shape.num_heads // shape.num_kv_heads, kv.key_scales is not None
         tile = attention_config(self.gpu.chip, shape.head_dim, group, invariant, int8)
         cache = (kv.keys, kv.values, kv.key_scales, kv.value_scales)
         lists = (batch.block_tables, batch.seq_lens, batch.query_starts, batch.counts)
         if extent.decodes:
             num_segments = -(-max_keys // segment)
-            sizes = attention.workspace_sizes(
-                extent.num_sequences, shape.num_heads, shape.num_kv_heads, shape.head_dim, num_segments
-            )
+            sizes = attention.workspace_sizes(extent.num_sequences, shape.num_heads, shape.head_dim, num_segments)
             acc = self.workspace.take("attention", sizes[0], torch.float32)
             stats = self.workspace.take("attention_stats", sizes[1], torch.float32)
             attention.decode(

@@ -5,16 +5,21 @@ output."""
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
 import sys
 import time
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from kernels.gpu.aot import Compiled, compile_launch
-from kernels.gpu.cases import ARCHES, Case, all_cases
-from kernels.gpu.tuning import CHIPS, SHARED_LIMITS, Chip
+from kernels.gpu.bounds import Loop, Loops, attention_bounds, other_bounds, product_bounds
+from kernels.gpu.case import Case
+from kernels.gpu.cases import ARCHES, all_cases
+from kernels.gpu.tuning import SHARED_LIMITS
 
 ASYNC_COPIES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
 COUNTED = ("sm_80", "sm_89", "sm_90", "sm_120")
@@ -23,17 +28,23 @@ COUNTED = ("sm_80", "sm_89", "sm_90", "sm_120")
 
 @dataclass(frozen=True, slots=True)
 class Looser:
-    """A cell whose ceiling is higher than the rule's, and why."""
+    """A cell whose ceilings are higher than the rule's, and why."""
 
     instructions: float
     reason: str
+    registers: int = 0  # 0: the rule's
 
 
 def looser(case: Case, arch: str) -> Looser | None:
     """The cells that the rule does not fit."""
     mma_by_warp = arch != "sm_90"
     if case.block_m == 64 and mma_by_warp:
-        return Looser(0.9, "64 rows take one HMMA per weight (16x8x16 tiles): 1.0 of the count is tensor core work")
+        return Looser(
+            0.9,
+            "64 rows take one HMMA per weight (16x8x16 tiles): 1.0 of the count is tensor core work; and 64 fp32 sums a thread "
+            "with both operands in registers, where Hopper reads one from shared memory: two programs an SM instead of three",
+            255,
+        )
     if case.block_m in (32, 64) and case.group_size in (32, 64):
         return Looser(0.2, "scales in the loop for each half or quarter of a tile, applied to the weights")
     if case.block_m <= 16 and case.group_size == 64 and arch == "sm_90":
@@ -60,8 +71,9 @@ _DECODE_LABELS = {f"M<={rows}" for rows in (8, 16, 32, 64)}
 def register_ceiling(case: Case, arch: str) -> int | None:
     if instruction_ceiling(case, arch) is None:
         return None
-    if case.block_m == 64:
-        return 255  # 64 fp32 sums a thread, and their operands: nothing of it spills
+    exception = looser(case, arch)
+    if exception and exception.registers:
+        return exception.registers
     return 128 if case.block_m <= 16 and case.group_size != 32 else 168
 
 
@@ -102,10 +114,13 @@ def row(case: Case, compiled: Compiled) -> str:
     if case.weights_per_thread and compiled.loop_length:
         per_weight = f"{instructions_per_weight(case, compiled):.2f}" + (f" / {ceiling:.1f}" if ceiling else "")
     exception = looser(case, arch) if ceiling else None
+    limit = register_ceiling(case, arch)
+    registers = f"{compiled.registers} / {limit}" if limit else str(compiled.registers)
     mma = "HGMMA" if compiled.count("HGMMA") else "HMMA" if compiled.count("HMMA") else ""
     dtype = str(case.dtype).removeprefix("torch.").replace("float16", "fp16").replace("bfp16", "bf16")
+    dtype = dtype.replace("float32", "fp32")
     cells = [
-        arch, case.kernel, case.label, dtype, group, str(compiled.registers), str(compiled.spills), per_weight,
+        arch, case.kernel, case.label, dtype, group, registers, str(compiled.spills), per_weight,
         str(compiled.count("I2F")) if arch.startswith("sm_") else "", str(wide_copies(compiled) or ""), mma,
         f"{compiled.shared_nbytes / 1024:.0f}", exception.reason if exception else "",
     ]  # fmt: skip
@@ -113,61 +128,46 @@ def row(case: Case, compiled: Compiled) -> str:
 
 
 HEADER = (
-    "| arch | kernel | case | dtype | group | registers | spills | instr/weight / ceiling | I2F | LDGSTS.128 | mma | "
+    "| arch | kernel | case | dtype | group | registers / ceiling | spills | instr/weight / ceiling | I2F | LDGSTS.128 | mma | "
     "shared KiB | why looser |\n|---|---|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
-def run(arches: list[str], short: bool, out: list[str]) -> list[str]:
-    """Compiles and prints; appends the table's lines to `out`. Returns the faults."""
-    broken = []
+@dataclass(slots=True)
+class Findings:
+    """Of one architecture or several: the table's lines, warp instructions per turn of the main loops, and what is broken."""
+
+    lines: list[str] = field(default_factory=list)
+    loops: Loops = field(default_factory=dict)
+    broken: list[str] = field(default_factory=list)
+
+
+def compile_all(arch: str, short: bool) -> Findings:
+    found = Findings()
+    for case in all_cases(arch, short):
+        compiled = compile_launch(case.launch, arch)
+        found.lines.append(row(case, compiled))
+        if case.dtype == torch.float16 and compiled.loop_length:
+            found.loops[(arch, case.kernel, case.label, case.group_size)] = Loop.of(case.launch, compiled)
+        found.broken += [
+            f"{arch} {case.kernel} {case.label} {case.dtype} group {case.group_size}: {fault}"
+            for fault in faults(case, compiled)
+        ]
+    return found
+
+
+def run(arches: list[str], short: bool) -> Findings:
+    """Compiles, an architecture per process, and prints."""
+    whole = Findings()
     print(HEADER)
-    for arch in arches:
-        for case in all_cases(arch, short):
-            compiled = compile_launch(case.launch, arch)
-            out.append(row(case, compiled))
-            print(out[-1], flush=True)
-            broken += [
-                f"{arch} {case.kernel} {case.label} {case.dtype} group {case.group_size}: {fault}"
-                for fault in faults(case, compiled)
-            ]
-    return broken
-
-
-def bound(chip: Chip, per_weight: float, group_size: int, rows: int) -> dict[str, float]:
-    """Microseconds that a million weights take at least, by each limit of the chip. Memory: 4 bits and a word per group.
-    Issue: four warps a clock and multiprocessor. Tensor cores: two operations per weight and row."""
-    bits = 4 + (32 / group_size if group_size else 0)
-    return {
-        "memory": 1e6 * bits / 8 / (chip.memory_gb_per_second * 1e9) * 1e6,
-        "issue": 1e6 * per_weight / (chip.num_sms * 128 * chip.clock_ghz * 1e9) * 1e6,
-        "tensor": 1e6 * 2 * rows / (chip.tensor_tflops * 1e12) * 1e6,
-    }
-
-
-def bounds_table(per_weight: dict[tuple[str, int], float]) -> list[str]:
-    """Per chip and row tile: the three times of a million weights, fp16, group 128, and which is longest."""
-    lines = ["| chip | M | instr/weight | memory us | issue us | tensor us | bound |", "|---|---|---|---|---|---|---|"]
-    for chip in CHIPS.values():
-        for rows in (8, 16, 32, 64, 128):
-            count = per_weight.get((chip.arch, rows)) or per_weight.get(("sm_80", rows))
-            if count is None or not chip.arch.startswith("sm_") or chip.arch == "sm_75":
-                continue
-            times = bound(chip, count, 128, rows)
-            longest = max(times, key=lambda name: times[name])
-            cells = [chip.name, str(rows), f"{count:.2f}", *(f"{value:.3f}" for value in times.values()), longest]
-            lines.append("| " + " | ".join(cells) + " |")
-    return lines
-
-
-def counts_from(lines: list[str]) -> dict[tuple[str, int], float]:
-    """(arch, rows) to instructions per weight, of the table's fp16 rows at group 128."""
-    counts = {}
-    for line in lines:
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if cells[1] == "awq_gemm" and cells[2].startswith("M<=") and cells[3:5] == ["fp16", "128"] and cells[7]:
-            counts[(cells[0], int(cells[2][3:]))] = float(cells[7].split(" / ")[0])
-    return counts
+    processes = min(len(arches), len(os.sched_getaffinity(0)))
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        for found in pool.map(compile_all, arches, [short] * len(arches)):
+            print("\n".join(found.lines), flush=True)
+            whole.lines += found.lines
+            whole.loops |= found.loops
+            whole.broken += found.broken
+    return whole
 
 
 MARKERS = ("<!-- begin {} -->", "<!-- end {} -->")
@@ -185,19 +185,26 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--short", action="store_true", help="one configuration per kernel")
     parser.add_argument("--write", type=Path, help="put the tables between the markers of this page")
     options = parser.parse_args(arguments)
-    started, lines = time.perf_counter(), []  # type: float, list[str]
-    broken = run(options.arch, options.short, lines)
-    bounds = bounds_table(counts_from(lines))
-    print("\n" + "\n".join(bounds))
+    started = time.perf_counter()
+    found = run(options.arch, options.short)
+    bounds = {
+        "bounds": product_bounds(found.loops),
+        "attention bounds": attention_bounds(found.loops),
+        "other bounds": other_bounds(),
+    }
+    for table in bounds.values():
+        print("\n" + "\n".join(table))
     seconds = time.perf_counter() - started
     if options.write is not None:
         text = options.write.read_text()
-        text = replace_section(text, "kernels", f"{len(lines)} binaries.\n\n{HEADER}\n" + "\n".join(lines))
-        options.write.write_text(replace_section(text, "bounds", "\n".join(bounds)))
-    print(f"\n{len(lines)} binaries in {seconds:.0f} s; {len(broken)} faults")
-    for fault in broken:
+        text = replace_section(text, "kernels", f"{len(found.lines)} binaries.\n\n{HEADER}\n" + "\n".join(found.lines))
+        for name, table in bounds.items():
+            text = replace_section(text, name, "\n".join(table))
+        options.write.write_text(text)
+    print(f"\n{len(found.lines)} binaries in {seconds:.0f} s; {len(found.broken)} faults")
+    for fault in found.broken:
         print("FAULT", fault)
-    return 1 if broken else 0
+    return 1 if found.broken else 0
 
 
 if __name__ == "__main__":

@@ -69,11 +69,12 @@ class CudaDevice:
         self.use_ptx = torch.version.hip is None
         if self.use_ptx:
             arch = f"sm_{properties.major}{properties.minor}"
-            if properties.major < 7 or (properties.major, properties.minor) == (7, 0):
+            if (properties.major, properties.minor) < (7, 5):
                 raise ValueError(f"{properties.name} ({arch}) is too old: compute capability 7.5 is the least")
         else:
             arch = properties.gcnArchName.split(":")[0]
-        known = [chip for chip in CHIPS.values() if chip.arch == arch] or [CHIPS["A100-80GB"]]
+        known = [chip for chip in CHIPS.values() if chip.arch == arch]
+        known = known or [CHIPS["A100-80GB" if self.use_ptx else "MI300X"]]
         nearest = min(known, key=lambda chip: abs(chip.num_sms - properties.multi_processor_count))
         self.chip = Chip(
             properties.name,
@@ -85,6 +86,9 @@ class CudaDevice:
             nearest.shared_nbytes,
         )
         self._pool: Any = None
+        # By default cuBLAS may add the parts of a split K in 16 bit.
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
     def place(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.torch_device)

@@ -25,7 +25,7 @@ def tanh(x):
 
 @triton.jit
 def embed_kernel(ids_ptr, table_ptr, out_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    token = tl.program_id(0)
+    token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(ids_ptr + token).to(tl.int64)
     value = tl.load(table_ptr + row * WIDTH + columns, mask=columns < WIDTH, other=0.0)
@@ -35,7 +35,7 @@ def embed_kernel(ids_ptr, table_ptr, out_ptr, WIDTH: tl.constexpr, BLOCK: tl.con
 @triton.jit
 def gather_rows_kernel(x_ptr, rows_ptr, counts_ptr, out_ptr, x_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """out[r] = x[rows[r]]; rows past counts[2] take row 0, since their entries are stale."""
-    target = tl.program_id(0)
+    target = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(rows_ptr + target)
     row = tl.where(target < tl.load(counts_ptr + 2), row, 0).to(tl.int64)

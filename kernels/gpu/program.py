@@ -19,9 +19,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_ROWS_TRIED = (1, 9, 17, 33, 65)
-"""Row counts, one per regime of the products below the largest step."""
-
 
 @dataclass(frozen=True, slots=True)
 class Extent:
@@ -83,16 +80,16 @@ class GpuProgram:
 
     def _try_everything(self) -> None:
         batch, buckets = self._batch, graph_buckets(self._batch.max_sequences)
-        for num_tokens in sorted({*(rows for rows in _ROWS_TRIED if rows < batch.max_tokens), batch.max_tokens}):
-            self._run_with(num_tokens, batch.max_sequences, batch.max_rows, prefills=True)
+        for num_tokens in sorted({*self._backend.reserve(batch.max_tokens), batch.max_tokens}):
+            self._run_with(num_tokens, batch.max_sequences, min(num_tokens, batch.max_rows), prefills=True)
         for bucket in buckets:
             logits = self._run_with(bucket, bucket, min(bucket, batch.max_rows), prefills=False)
             idle = SamplingBatch.allocate(logits.shape[0], self._backend.device)
             self._backend.sample(logits, idle).to_host()
             self._try_rules(logits)
+        self._backend.workspace.is_frozen = True
         if not self._backend.gpu.can_capture:
             return
-        self._backend.workspace.is_frozen = True
         for bucket in reversed(buckets):  # the largest first: the others fit into its memory
             self._capture(bucket)
         logger.info("captured decode graphs for %d batch sizes up to %d", len(buckets), buckets[-1])

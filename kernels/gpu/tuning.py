@@ -5,6 +5,8 @@ Nothing here queries a device. `Chip` comes from `kernels.gpu.device` when servi
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 
 
@@ -55,11 +57,19 @@ class GemmConfig:
     max_registers: int | None = None
     dequantize: bool = False  # the weight is expanded to 16 bit first, and the product is the library's
 
+    @property
+    def uses_workspace(self) -> bool:
+        return self.num_parts > 1 and self.split and not self.dequantize
+
     def partials(self, num_rows: int, out_features: int) -> int:
         """fp32 values of workspace."""
-        if self.num_parts == 1 or not self.split:
+        if not self.uses_workspace:
             return 0
         return self.tiles(num_rows, out_features) * self.num_parts * 128 * self.block_m
+
+    def arrivals(self, num_rows: int, out_features: int) -> int:
+        """int32 counters of workspace, one per tile of the output."""
+        return self.tiles(num_rows, out_features) if self.uses_workspace else 0
 
     def tiles(self, num_rows: int, out_features: int) -> int:
         return -(-num_rows // self.block_m) * -(-out_features // 128)
@@ -100,7 +110,12 @@ _TABLE = {
     "sm_120": _AMPERE,
     "gfx942": _Architecture({8: 2, 16: 2, 32: 2, 64: 2}, {32: 16, 64: 16, 128: 32}, 512, 2),
 }
-_DEFAULT = _AMPERE
+
+
+def _entry(chip: Chip) -> _Architecture:
+    """Of an architecture that the table lacks, its maker's with the least shared memory."""
+    return _TABLE.get(chip.arch, _TABLE["gfx942"] if chip.arch.startswith("gfx") else _AMPERE)
+
 
 BATCH_INVARIANT_ROWS = 64
 """The one row tile of --batch-invariant."""
@@ -122,7 +137,7 @@ def gemm_config(
     With `batch_invariant`, partition of K, placement of scales and matrix instruction are functions of N, K and the chip
     alone; whether the parts of K are computed side by side or in turn does not change their sum.
     """
-    entry = _TABLE.get(chip.arch, _DEFAULT)
+    entry = _entry(chip)
     if batch_invariant:
         return _invariant_config(chip, entry, num_rows, out_features, in_features)
     if num_rows >= entry.dequantize_rows:
@@ -141,17 +156,22 @@ def gemm_config(
     )
 
 
-def expert_config(chip: Chip, num_rows: int, num_experts: int, group_size: int) -> GemmConfig:
-    """For rows spread over experts: the tile that the mean expert fills, K never split (experts are many programs)."""
-    entry = _TABLE.get(chip.arch, _DEFAULT)
+def expert_config(
+    chip: Chip, num_rows: int, num_experts: int, group_size: int, batch_invariant: bool = False
+) -> GemmConfig:
+    """For rows spread over experts: the tile that the mean expert fills, K never split (experts are many programs). With
+    `batch_invariant` the same tile, and scales on the weight, for any number of rows."""
+    entry = _entry(chip)
     if chip.arch == "sm_75":
         return GemmConfig(16, num_warps=16, num_stages=1)
     mean = -(-num_rows // num_experts)
     block_m = next((rows for rows in DECODE_ROWS[1:] if mean <= rows), 64)
+    if batch_invariant:
+        block_m = BATCH_INVARIANT_ROWS
     return GemmConfig(
         block_m,
         num_warps=_num_warps(chip, block_m),
-        scale_after=block_m <= entry.scale_after_rows[_group_class(group_size)],
+        scale_after=not batch_invariant and block_m <= entry.scale_after_rows[_group_class(group_size)],
         num_stages=entry.stages[block_m],
         max_registers=_max_registers(block_m, group_size),
     )
@@ -201,18 +221,23 @@ def _num_parts(chip: Chip, entry: _Architecture, tiles: int, in_features: int) -
 
 
 MAX_SEGMENTS = 128
-"""Most segments that a sequence's keys are split into: bounds the decode kernel's grid and workspace."""
+"""Most segments that a sequence's keys are split into."""
+MAX_PARTIAL_ROWS = 8192
+"""Most segments over all sequences: with `MAX_SEGMENTS` it bounds the decode kernel's workspace, which has a row of all heads
+for each."""
 
 
 def attention_segment(
     chip: Chip, num_sequences: int, num_kv_heads: int, max_keys: int, batch_invariant: bool = False
 ) -> int:
-    """Keys per segment of decoding, a multiple of 64: short where few sequences must fill the chip."""
+    """Keys per segment of decoding, a multiple of 64: short where few sequences must fill the chip. With `batch_invariant`
+    num_sequences is to be the most there can be."""
     least = 256
     if not batch_invariant:
         programs_wanted = 4 * chip.num_sms
         least = max(128, min(1024, max_keys * num_sequences * num_kv_heads // programs_wanted))
-    return -(-max(least, -(-max_keys // MAX_SEGMENTS)) // 64) * 64
+    segments = min(MAX_SEGMENTS, max(1, MAX_PARTIAL_ROWS // num_sequences))
+    return -(-max(least, -(-max_keys // segments)) // 64) * 64
 
 
 def attention_config(chip: Chip, head_dim: int, group: int, segmented: bool, int8: bool) -> AttentionConfig:
@@ -237,6 +262,21 @@ def graph_buckets(max_sequences: int) -> list[int]:
     """Batch sizes that a captured graph exists for, ascending: powers of two, then eights, then sixteens."""
     sizes = [1, 2, 4, *range(8, 65, 8), *range(80, 257, 16), *range(288, max_sequences + 32, 32)]
     return sorted({min(size, max_sequences) for size in sizes if size < max_sequences} | {max_sequences})
+
+
+@functools.lru_cache(maxsize=4096)
+def graph_bucket(num_sequences: int, max_sequences: int) -> int:
+    """The smallest bucket that holds so many sequences."""
+    return next(size for size in graph_buckets(max_sequences) if size >= num_sequences)
+
+
+def regimes(configs: Callable[[int], Hashable], max_rows: int) -> list[int]:
+    """Row counts up to max_rows that between them meet every value of `configs`, which changes at multiples of 8 alone, or one
+    after: what must run once so that nothing is compiled later."""
+    tried: dict[Hashable, int] = {}
+    for rows in sorted({*range(1, max_rows + 1, 8), *range(8, max_rows + 1, 8), max_rows}):
+        tried.setdefault(configs(rows), rows)
+    return sorted(tried.values())
 
 
 def dense_tile(chip: Chip) -> tuple[int, int]:

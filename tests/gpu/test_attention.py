@@ -79,9 +79,7 @@ class Case:
         shape = self.shape
         out = torch.full((q.shape[0], shape.q_size), float("nan"), dtype=self.dtype)
         num_segments = -(-max(self.seq_lens) // segment)
-        sizes = attention.workspace_sizes(
-            len(query_lens), shape.num_heads, shape.num_kv_heads, shape.head_dim, num_segments
-        )
+        sizes = attention.workspace_sizes(len(query_lens), shape.num_heads, shape.head_dim, num_segments)
         int8 = self.scales[0] is not None
         group = shape.num_heads // shape.num_kv_heads
         tile = attention_config(CHIPS[chip], shape.head_dim, group, prefill_segment > 0, int8)

@@ -3,6 +3,7 @@ shape."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import pytest
@@ -165,6 +166,33 @@ def test_policy_covers_every_row_count() -> None:
             for c in (tuning.gemm_config(chip, rows, 6144, 4096, 128, True) for rows in (1, 64, 65, 4096))
         }
         assert len(fixed) == 1
+
+
+def test_an_unknown_chip_takes_its_makers_row() -> None:
+    for arch, known in (("gfx90a", "MI300X"), ("sm_87", "A10")):
+        chip = dataclasses.replace(CHIPS[known], arch=arch)
+        for rows in (1, 16, 64, 100):
+            assert tuning.gemm_config(chip, rows, 4096, 4096, 128) == tuning.gemm_config(
+                CHIPS[known], rows, 4096, 4096, 128
+            )
+
+
+def test_experts_batch_invariant_take_one_tile() -> None:
+    chip = CHIPS["A100-80GB"]
+    assert len({tuning.expert_config(chip, rows, 8, 128, True) for rows in (1, 100, 5000)}) == 1
+    assert len({tuning.expert_config(chip, rows, 8, 128) for rows in (1, 200, 5000)}) == 3
+
+
+def test_regimes_meet_every_configuration() -> None:
+    for name in ("T4", "A100-80GB", "H100-SXM", "MI300X"):
+        for invariant in (False, True):
+
+            def config(rows: int, name: str = name, invariant: bool = invariant) -> GemmConfig:
+                return tuning.gemm_config(CHIPS[name], rows, 12800, 4096, 128, invariant)
+
+            tried = tuning.regimes(config, 1100)
+            assert {config(rows) for rows in tried} == {config(rows) for rows in range(1, 1101)}
+            assert max(tried) <= 1100 and len(tried) <= 12
 
 
 def test_wrong_shapes_are_refused_by_name() -> None:

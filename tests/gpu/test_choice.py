@@ -10,7 +10,7 @@ from kernels.backend import BackendOptions
 from kernels.choice import create_backend
 from kernels.gpu.backend import GpuBackend
 from kernels.gpu.device import Staging
-from kernels.gpu.tuning import CHIPS, attention_segment, graph_buckets
+from kernels.gpu.tuning import CHIPS, MAX_PARTIAL_ROWS, attention_segment, graph_buckets
 from server.options import parse_options
 from tests.gpu.devices import HostDevice
 
@@ -65,6 +65,7 @@ def test_buckets_and_segments() -> None:
         for max_keys in (64, 4096, 131072):
             segment = attention_segment(chip, sequences, 8, max_keys)
             assert segment % 64 == 0 and max_keys / segment <= 128
+            assert sequences * -(-max_keys // segment) <= MAX_PARTIAL_ROWS
     assert len({attention_segment(chip, n, 8, 4096, batch_invariant=True) for n in (1, 16, 256)}) == 1
 
 

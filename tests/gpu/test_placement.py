@@ -4,60 +4,27 @@ fault."""
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import re
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from kernels.backend import RotaryTable
 from kernels.gpu.backend import GpuBackend, GpuSampledRows
+from kernels.gpu.launch import Launch
+from kernels.gpu.tuning import CHIPS
 from server.config import EngineConfig
 from server.engine.engine import build_engine
-from server.models.checkpoint import Checkpoint
 from server.models.decoder import Decoder
 from server.types import GenerateRequest, SamplingParams
-from tests.awq_checkpoints import make_awq_checkpoint
-from tests.gpu.devices import FakeCudaDevice, WithoutDeviceGuards
-from tests.tiny_models import make_tiny_model
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("placement")
-    make_tiny_model(root / "source", "llama-untied-biased", head_dim=16)
-    make_awq_checkpoint(root / "source", root / "awq", root / "dense", 32, skip=("layers.1.self_attn.k_proj",))
-    return root / "awq"
-
-
-@pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCudaDevice]:
-    device = FakeCudaDevice()
-    monkeypatch.setattr("kernels.gpu.device.open_device", lambda: device)
-
-    def to_host(self: GpuSampledRows) -> tuple[list[int], list[bool]]:
-        # Values are what fake tensors lack: every row samples token 7.
-        self.device.wait(self.ticket)
-        assert self.host.device.type == "cpu"
-        num_rows = self.token_ids.shape[0]
-        return [7] * num_rows, [True] * num_rows
-
-    monkeypatch.setattr(GpuSampledRows, "to_host", to_host)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    read = Checkpoint.read
-
-    def read_fake(self: Checkpoint, name: str) -> Tensor:
-        with unset_fake_temporarily():
-            tensor = read(self, name)
-        return mode.from_tensor(tensor)
-
-    monkeypatch.setattr(Checkpoint, "read", read_fake)
-    with mode, WithoutDeviceGuards():
-        yield device
+from tests.gpu.devices import FakeCudaDevice
+from tests.gpu.launches import NOT_SPECIALIZED, compiled_form, name_of, recorded
 
 
 def serve(
@@ -151,3 +118,66 @@ def test_a_planted_second_wait_is_caught(
     monkeypatch.setattr(GpuBackend, "sample", planted)
     with pytest.raises(AssertionError):
         serve(checkpoint, device)
+
+
+@pytest.mark.parametrize(
+    ("chip", "options"),
+    [
+        ("A100-80GB", {}),
+        pytest.param("H100-SXM", {}, marks=pytest.mark.slow),
+        pytest.param("T4", {}, marks=pytest.mark.slow),
+        ("H100-SXM", {"batch_invariant": True}),
+    ],
+    ids=str,
+)
+def test_requests_compile_nothing_and_need_no_more_workspace(
+    wide_checkpoint: Path, device: FakeCudaDevice, chip: str, options: dict[str, Any]
+) -> None:
+    """Prompts of every regime of the products, batches of every size, rules: all was met before the engine is ready. That
+    workspaces hold what is asked of them, they assert."""
+    device.chip = CHIPS[chip]
+    found: list[Launch] = []
+    with recorded(found):
+        engine = build_engine(
+            EngineConfig(
+                model=str(wide_checkpoint),
+                max_model_len=6000,
+                max_num_seqs=21,
+                max_num_batched_tokens=1100,
+                device="cuda",
+                seed=0,
+                enable_prefix_caching=False,
+                **options,
+            )
+        )
+        warm = {compiled_form(start) for start in found}
+        assert len({start.constants["NUM_PARTS"] for start in found if name_of(start) == "awq_gemm_kernel"}) > 1
+        rules: list[dict[str, Any]] = [
+            {"logit_bias": ((5, 1.0), (7, -3.0), (9, 1.0))},
+            {"frequency_penalty": 0.5, "min_tokens": 2},
+            {"repetition_penalty": 1.5, "allowed_token_ids": (7, 8, 9)},
+            {"allowed_token_ids": (7, 8, 9), "temperature": 1.0},
+        ]
+        lengths = (7, 20, 40, 90, 140, 200, 270, 330, 400, 480, 600, 800, 1099, 1, 2, 3, 5, 5, 5, 5, 5, 5, 2500)
+        for index, length in enumerate(lengths):
+            params = SamplingParams(
+                max_tokens=2 + index, **{"temperature": 0.0, "ignore_eos": True, **rules[index % 4]}
+            )
+            tokens = [3 + token % 300 for token in range(length)]
+            engine.submit(GenerateRequest(str(index), tokens, params, time.monotonic()))
+            for _ in range(2):
+                assert not any(event.error for event in engine.step().events)
+        while engine.has_work():
+            assert not any(event.error for event in engine.step().events)
+    new = {compiled_form(start) for start in found} - warm
+    assert not new, sorted(map(str, new))
+
+
+def test_marks_of_arguments() -> None:
+    from kernels.gpu import attention, awq_kernels, fused, sampling
+
+    marked = set()
+    for module in (attention, awq_kernels, fused, sampling):
+        for match in re.findall(r"do_not_specialize=\[([^]]*)\]", inspect.getsource(module)):
+            marked |= set(re.findall(r"\w+", match))
+    assert marked == NOT_SPECIALIZED

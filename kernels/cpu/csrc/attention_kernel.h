@@ -119,15 +119,17 @@ AWQ_INLINE void find_next(const AttentionTask& task, int first_key, KeyBlock<Ele
 
 // scores[r][group * 8 ...] = q[r] . keys for C groups of keys. The groups' values, which are needed next, are fetched meanwhile
 // with kFetch.
-template <class Element, bool kFetch, int R, int C>
+template <class Element, bool kFetch, int kDim, int R, int C>
 AWQ_INLINE void score_groups(const float* q, int head_dim, const typename Element::type* const* keys,
                              const typename Element::type* const* values, int key_stride, float* scores) {
+  if (kDim != 0) head_dim = kDim;
   F8 sums[R][C];
   for (int r = 0; r < R; ++r)
     for (int c = 0; c < C; ++c) sums[r][c] = set8(0.0f);
   const typename Element::type* pointers[C];
   for (int c = 0; c < C; ++c) pointers[c] = keys[c];
   const int group_nbytes = kLanes * head_dim * static_cast<int>(sizeof(typename Element::type));
+#pragma GCC unroll 4
   for (int d = 0; d < head_dim; ++d) {
     if (kFetch && d / C * 64 < group_nbytes) prefetch_line(reinterpret_cast<const char*>(values[d % C]) + d / C * 64);
     F8 query[R];
@@ -153,9 +155,10 @@ AWQ_INLINE void score_groups(const float* q, int head_dim, const typename Elemen
 
 // accumulator[r][column ...] = accumulator * factor[r] + weights[r] . values for C * 8 columns; keys in order. With the first
 // columns the keys that are needed next are fetched, with kFetch.
-template <class Element, bool kFetch, int R, int C>
+template <class Element, bool kFetch, int kDim, int R, int C>
 AWQ_INLINE void weigh_columns(const float* weights, const float* factors, const KeyBlock<Element>& block, int first_key,
                               int end_key, int head_dim, int column, float* accumulator) {
+  if (kDim != 0) head_dim = kDim;
   const int row_nbytes = head_dim * static_cast<int>(sizeof(typename Element::type));
   F8 sums[R][C];
   for (int r = 0; r < R; ++r)
@@ -167,6 +170,7 @@ AWQ_INLINE void weigh_columns(const float* weights, const float* factors, const 
     const typename Element::type* row = block.values[group] + from + column;
     const char* next = kFetch && column == 0 ? block.next_keys[group] : nullptr;
     if (next) next += from * row_nbytes / head_dim;
+#pragma GCC unroll 2
     for (; key < stop; ++key, row += head_dim) {
       if (next) {
         for (int i = 0; i < row_nbytes; i += 64) prefetch_line(next + i);
@@ -192,33 +196,34 @@ AWQ_INLINE void weigh_columns(const float* weights, const float* factors, const 
     for (int c = 0; c < C; ++c) store8(accumulator + r * head_dim + column + c * kLanes, sums[r][c]);
 }
 
-template <class Element, bool kFetch, int R>
+template <class Element, bool kFetch, int kDim, int R>
 AWQ_NOINLINE void score_rows(const float* q, int head_dim, const KeyBlock<Element>& block, int block_size, int first_group,
                              int end_group, float* scores) {
   constexpr int C = register_columns(R) > 4 ? 4 : register_columns(R);
   int group = first_group;
   for (; group < end_group; group += C) {
     if (C == 4 && end_group - group <= 2) {
-      score_groups<Element, kFetch, R, 2>(q, head_dim, block.keys + group, block.values + group, block_size, scores + group * kLanes);
+      score_groups<Element, kFetch, kDim, R, 2>(q, head_dim, block.keys + group, block.values + group, block_size, scores + group * kLanes);
       return;
     }
     // A last, partial tile reads the repeated pointers; what it writes past the block's end is never looked at.
-    score_groups<Element, kFetch, R, C>(q, head_dim, block.keys + group, block.values + group, block_size, scores + group * kLanes);
+    score_groups<Element, kFetch, kDim, R, C>(q, head_dim, block.keys + group, block.values + group, block_size, scores + group * kLanes);
   }
 }
 
-template <class Element, bool kFetch, int R>
+template <class Element, bool kFetch, int kDim, int R>
 AWQ_NOINLINE void weigh_rows(const float* weights, const float* factors, const KeyBlock<Element>& block, int first_key,
                              int end_key, int head_dim, float* accumulator) {
+  if (kDim != 0) head_dim = kDim;
   constexpr int C = R == 3 ? 3 : register_columns(R);  // with 4, compilers spill two of the sums
   int column = 0;
   for (; column + C * kLanes <= head_dim; column += C * kLanes)
-    weigh_columns<Element, kFetch, R, C>(weights, factors, block, first_key, end_key, head_dim, column, accumulator);
+    weigh_columns<Element, kFetch, kDim, R, C>(weights, factors, block, first_key, end_key, head_dim, column, accumulator);
   if (C > 2)
     for (; column + 2 * kLanes <= head_dim; column += 2 * kLanes)
-      weigh_columns<Element, kFetch, R, 2>(weights, factors, block, first_key, end_key, head_dim, column, accumulator);
+      weigh_columns<Element, kFetch, kDim, R, 2>(weights, factors, block, first_key, end_key, head_dim, column, accumulator);
   for (; column < head_dim; column += kLanes)
-    weigh_columns<Element, kFetch, R, 1>(weights, factors, block, first_key, end_key, head_dim, column, accumulator);
+    weigh_columns<Element, kFetch, kDim, R, 1>(weights, factors, block, first_key, end_key, head_dim, column, accumulator);
 }
 
 // Which keys of a block a row sees: [begin, end), empty where end <= begin.
@@ -312,7 +317,7 @@ AWQ_NOINLINE void softmax_rows(const AttentionTask& task, const KeyBlock<Element
 }
 
 // One block of keys for R rows from `row` on.
-template <class Element, bool kFetch, int R>
+template <class Element, bool kFetch, int kDim, int R>
 AWQ_INLINE void attend_rows(const AttentionTask& task, const KeyBlock<Element>& block, int first_key, int row, bool nonfinite,
                             TileState& state) {
   KeyRange ranges[R], hull = {kKeyBlock, 0};
@@ -327,9 +332,9 @@ AWQ_INLINE void attend_rows(const AttentionTask& task, const KeyBlock<Element>& 
   }
   if (hull.end <= hull.begin) return;
   const int first_group = hull.begin / kLanes, end_group = (hull.end + kLanes - 1) / kLanes;
-  const int head_dim = state.head_dim;
+  const int head_dim = kDim != 0 ? kDim : state.head_dim;
   alignas(32) float scores[R * kKeyBlock + 3 * kLanes], factor[kLanes];
-  score_rows<Element, kFetch, R>(state.q + row * head_dim, head_dim, block, task.kv->block_size, first_group, end_group, scores);
+  score_rows<Element, kFetch, kDim, R>(state.q + row * head_dim, head_dim, block, task.kv->block_size, first_group, end_group, scores);
   if (uniform && hull.begin == 0 && hull.end == kKeyBlock) {
     softmax_rows<Element, R, false>(task, block, ranges, 0, kKeyGroups, row, state, scores, factor);
   } else {
@@ -337,36 +342,36 @@ AWQ_INLINE void attend_rows(const AttentionTask& task, const KeyBlock<Element>& 
   }
   float* accumulator = state.accumulator + row * head_dim;
   if (uniform || !nonfinite) {
-    weigh_rows<Element, kFetch, R>(scores, factor, block, hull.begin, hull.end, head_dim, accumulator);
+    weigh_rows<Element, kFetch, kDim, R>(scores, factor, block, hull.begin, hull.end, head_dim, accumulator);
     return;
   }
   // A NaN or infinity that some of these rows may not see: 0 * NaN would show it to them, so each row takes its own keys.
   for (int r = 0; r < R; ++r)
     if (ranges[r].end > 0)
-      weigh_rows<Element, false, 1>(scores + r * kKeyBlock, factor + r, block, ranges[r].begin, ranges[r].end, head_dim,
+      weigh_rows<Element, false, kDim, 1>(scores + r * kKeyBlock, factor + r, block, ranges[r].begin, ranges[r].end, head_dim,
                              accumulator + r * head_dim);
 }
 
 // The last, fewer than kMicroRows rows.
-template <class Element, bool kFetch, int R>
+template <class Element, bool kFetch, int kDim, int R>
 AWQ_INLINE void attend_remainder(const AttentionTask& task, const KeyBlock<Element>& block, int first_key, int row, int count,
                                  bool nonfinite, TileState& state) {
   if constexpr (R > 0) {
     if (count == R) {
-      attend_rows<Element, kFetch, R>(task, block, first_key, row, nonfinite, state);
+      attend_rows<Element, kFetch, kDim, R>(task, block, first_key, row, nonfinite, state);
     } else {
-      attend_remainder<Element, kFetch, R - 1>(task, block, first_key, row, count, nonfinite, state);
+      attend_remainder<Element, kFetch, kDim, R - 1>(task, block, first_key, row, count, nonfinite, state);
     }
   }
 }
 
-template <class Element, bool kFetch>
+template <class Element, bool kFetch, int kDim>
 AWQ_INLINE void attend_block(const AttentionTask& task, const KeyBlock<Element>& block, int first_key, int num_rows,
                              bool nonfinite, TileState& state) {
   int row = 0;
   for (; row + kMicroRows <= num_rows; row += kMicroRows)
-    attend_rows<Element, kFetch, kMicroRows>(task, block, first_key, row, nonfinite, state);
-  attend_remainder<Element, kFetch, kMicroRows - 1>(task, block, first_key, row, num_rows - row, nonfinite, state);
+    attend_rows<Element, kFetch, kDim, kMicroRows>(task, block, first_key, row, nonfinite, state);
+  attend_remainder<Element, kFetch, kDim, kMicroRows - 1>(task, block, first_key, row, num_rows - row, nonfinite, state);
 }
 
 // Adds a segment's (accumulator, maximum, sum) to the total's. A segment of which the row saw nothing changes nothing.
@@ -394,7 +399,7 @@ AWQ_INLINE void finish_row(const float* total, float sum, int head_dim, float* o
   for (int d = 0; d < head_dim; d += kLanes) store8(out + d, load8(total + d) * inverse);
 }
 
-template <class Element, bool kFetch>
+template <class Element, bool kFetch, int kDim>
 AWQ_NOINLINE void attend_segment(const AttentionTask& task, int segment, int num_rows, TileState& state) {
   for (int row = 0; row < num_rows; ++row) {
     state.maxima[row] = -__builtin_inff();
@@ -411,12 +416,12 @@ AWQ_NOINLINE void attend_segment(const AttentionTask& task, int segment, int num
     const bool edge = first_key + kKeyBlock > task.first_position + 1 ||
                       (task.window && first_key <= last_position - task.window);
     const bool nonfinite = task.num_tokens > 1 && edge && holds_nonfinite(block, num_keys, state.head_dim);
-    attend_block<Element, kFetch>(task, block, first_key, num_rows, nonfinite, state);
+    attend_block<Element, kFetch, kDim>(task, block, first_key, num_rows, nonfinite, state);
   }
 }
 
 // kFetch: memory is read ahead. For one token's rows, that is; more rows read a block again and again, from the cache.
-template <class Element, bool kFetch>
+template <class Element, bool kFetch, int kDim>
 void attend_tile(const AttentionTask& task, float* scratch) {
   const int head_dim = task.kv->head_dim, num_rows = task.num_tokens * task.group;
   TileState state;
@@ -442,14 +447,14 @@ void attend_tile(const AttentionTask& task, float* scratch) {
     any[row] = false;
   }
   if (task.num_segments == 1 && task.partials == nullptr) {  // folding into nothing copies
-    attend_segment<Element, kFetch>(task, task.first_segment, num_rows, state);
+    attend_segment<Element, kFetch, kDim>(task, task.first_segment, num_rows, state);
     for (int row = 0; row < num_rows; ++row)
       finish_row(state.accumulator + row * head_dim, sum8(load8(state.sums + row * kLanes)), head_dim,
                  task.output + (row / task.group) * task.output_stride + (row % task.group) * head_dim);
     return;
   }
   for (int segment = task.first_segment; segment < task.first_segment + task.num_segments; ++segment) {
-    attend_segment<Element, kFetch>(task, segment, num_rows, state);
+    attend_segment<Element, kFetch, kDim>(task, segment, num_rows, state);
     for (int row = 0; row < num_rows; ++row) {
       const float* accumulator = state.accumulator + row * head_dim;
       const float sum = sum8(load8(state.sums + row * kLanes));
@@ -471,12 +476,20 @@ void attend_tile(const AttentionTask& task, float* scratch) {
                task.output + (row / task.group) * task.output_stride + (row % task.group) * head_dim);
 }
 
+// kDim: head_dim where it is known at compile time, else 0. It pays where the work is arithmetic, by a tenth; one token waits for memory.
+template <class Element>
+void attend_typed(const AttentionTask& task, float* scratch) {
+  if (task.num_tokens == 1) return attend_tile<Element, true, 0>(task, scratch);
+  switch (task.kv->head_dim) {
+    case 64: return attend_tile<Element, false, 64>(task, scratch);
+    case 128: return attend_tile<Element, false, 128>(task, scratch);
+    default: return attend_tile<Element, false, 0>(task, scratch);
+  }
+}
+
 void attend(const AttentionTask& task, float* scratch) {
-  const bool fetch = task.num_tokens == 1;
-  if (task.kv->type == awq_cpu::KvType::kHalf)
-    fetch ? attend_tile<HalfElement, true>(task, scratch) : attend_tile<HalfElement, false>(task, scratch);
-  else
-    fetch ? attend_tile<Int8Element, true>(task, scratch) : attend_tile<Int8Element, false>(task, scratch);
+  if (task.kv->type == awq_cpu::KvType::kHalf) return attend_typed<HalfElement>(task, scratch);
+  attend_typed<Int8Element>(task, scratch);
 }
 
 void merge_partials(const float* partials, int num_segments, int64_t stride, int head_dim, float* out) {

@@ -8,6 +8,8 @@
 // int16 activations go through vpmaddwd, with int4 weights widened to 16 bits in a buffer in L1, int8 weights in registers.
 #include <immintrin.h>
 
+#include <type_traits>
+
 #include "linear_kernels.h"
 
 namespace awq_cpu {
@@ -231,6 +233,18 @@ AWQ_INLINE void store_rows(const PackedLinear& weight, int64_t panel_index, Sums
   }
 }
 
+// Calls run(constant) with the blocks per group as a compile-time constant for groups of 32, 64 and 128 channels, 0 for any other:
+// without a loop over a group's blocks the kernels below are 7 to 9% faster.
+template <class Run>
+AWQ_INLINE void with_blocks_per_group(int64_t blocks_per_group, Run&& run) {
+  switch (blocks_per_group) {
+    case 1: return run(std::integral_constant<int, 1>());
+    case 2: return run(std::integral_constant<int, 2>());
+    case 4: return run(std::integral_constant<int, 4>());
+    default: return run(std::integral_constant<int, 0>());
+  }
+}
+
 // ---- few rows, int8 activations: straight from the packed nibbles ----
 
 // One block of 32 channels: adds to `group`, or starts it.
@@ -242,7 +256,8 @@ AWQ_INLINE void nibble_block(const uint8_t* w, const uint8_t* a, const float* sc
   add_block<kRows, kFirst>(dot, scales, group);
 }
 
-template <int kRows, FloatType kScale>
+// kPer: the blocks of a group, or 0.
+template <int kRows, FloatType kScale, int kPer>
 void nibble_tile(const PackedLinear& weight, int64_t panel_index, const uint8_t* tile, float* y, int64_t ldy) {
   const ActivationLayout& layout = weight.activations;
   const uint8_t* panel = weight.panels.data() + panel_index * weight.panel_stride;
@@ -253,11 +268,13 @@ void nibble_tile(const PackedLinear& weight, int64_t panel_index, const uint8_t*
   const uint8_t* weight_scales = panel;
   const uint8_t* zeros = panel + layout.num_groups * kPanelColumns * 2;
   const __m256i mask = _mm256_set1_epi8(15);
+  const int64_t per_group = kPer != 0 ? kPer : layout.blocks_per_group;
   Sums<kRows> total = {};
   for (int64_t group = 0; group < layout.num_groups; ++group) {
     Sums<kRows> partial;
     nibble_block<kRows, true>(w, a, scales, mask, partial);
-    for (int64_t b = 1; b < layout.blocks_per_group; ++b)
+#pragma GCC unroll 4
+    for (int64_t b = 1; b < per_group; ++b)
       nibble_block<kRows, false>(w + b * 256, a + b * 128, scales + b * kTileRows, mask, partial);
     GroupMeta meta;
     for (int h = 0; h < 2; ++h) meta.scale[h] = load_half8(weight_scales + h * 16, kScale);
@@ -265,25 +282,25 @@ void nibble_tile(const PackedLinear& weight, int64_t panel_index, const uint8_t*
     add_group<kRows>(meta, sums, partial, total);
     weight_scales += kPanelColumns * 2;
     zeros += kPanelColumns;
-    w += layout.blocks_per_group * 256;
-    a += layout.blocks_per_group * 128;
-    scales += layout.blocks_per_group * kTileRows;
+    w += per_group * 256;
+    a += per_group * 128;
+    scales += per_group * kTileRows;
     sums += kTileRows;
   }
   store_rows<kRows>(weight, panel_index, total, y, ldy);
 }
 
-template <FloatType kScale>
+template <FloatType kScale, int kPer>
 void run_nibbles(const PackedLinear& weight, const uint8_t* tiles, int64_t num_rows, float* y, int64_t ldy, int64_t panel_begin,
                  int64_t panel_end) {
   for (int64_t panel = panel_begin; panel < panel_end; ++panel)
     for (int64_t row = 0; row < num_rows; row += kTileRows) {
       const uint8_t* tile = tiles + row / kTileRows * weight.activations.tile_stride;
       switch (num_rows - row) {
-        case 1: nibble_tile<1, kScale>(weight, panel, tile, y + row * ldy, ldy); break;
-        case 2: nibble_tile<2, kScale>(weight, panel, tile, y + row * ldy, ldy); break;
-        case 3: nibble_tile<3, kScale>(weight, panel, tile, y + row * ldy, ldy); break;
-        default: nibble_tile<4, kScale>(weight, panel, tile, y + row * ldy, ldy); break;
+        case 1: nibble_tile<1, kScale, kPer>(weight, panel, tile, y + row * ldy, ldy); break;
+        case 2: nibble_tile<2, kScale, kPer>(weight, panel, tile, y + row * ldy, ldy); break;
+        case 3: nibble_tile<3, kScale, kPer>(weight, panel, tile, y + row * ldy, ldy); break;
+        default: nibble_tile<4, kScale, kPer>(weight, panel, tile, y + row * ldy, ldy); break;
       }
     }
 }
@@ -427,16 +444,16 @@ AWQ_INLINE void unpacked_block(const uint8_t* w, const uint8_t* a, int64_t size,
 
 // One tile over blocks [begin, end) of the unpacked chunk. `metas`: of the groups from begin's on. Between the chunks of a panel its
 // sums are kept in `saved`; after the last they go to y.
-template <int kRows, bool kWide>
+template <int kRows, bool kWide, int kPer>
 AWQ_INLINE void chunk_tile(const PackedLinear& weight, int64_t panel_index, const GroupMeta* metas, const uint8_t* w, const uint8_t* tile,
                            int64_t begin, int64_t end, SavedSums& saved, float* y, int64_t ldy) {
   const ActivationLayout& layout = weight.activations;
-  const int64_t size = kWide ? layout.block_size : 32, per_group = layout.blocks_per_group;
+  const int64_t size = kWide ? layout.block_size : 32, per_group = kPer != 0 ? kPer : layout.blocks_per_group;
   const int64_t w_step = size * kPanelColumns * (kWide ? 2 : 1), a_step = size * kTileRows * (kWide ? 2 : 1);
   const uint8_t* a = tile + begin * a_step;
   const float* scales = reinterpret_cast<const float*>(tile + layout.scales_offset) + begin * kTileRows;
   const float* sums = reinterpret_cast<const float*>(tile + layout.sums_offset) + begin / per_group * kTileRows;
-  int64_t within = begin % per_group;
+  int64_t within = kPer != 0 ? 0 : begin % per_group;
   Sums<kRows> total, partial;
   if (begin == 0)
     total = {};
@@ -444,18 +461,20 @@ AWQ_INLINE void chunk_tile(const PackedLinear& weight, int64_t panel_index, cons
     std::memcpy(&total, &saved.total, sizeof total);
   if (within != 0) std::memcpy(&partial, &saved.group, sizeof partial);
   for (int64_t block = begin; block < end;) {
-    const int64_t left = per_group - within, count = left < end - block ? left : end - block;
+    // Chunks hold whole groups where kPer is known.
+    const int64_t left = kPer != 0 ? kPer : per_group - within, count = kPer != 0 || left < end - block ? left : end - block;
     int64_t i = 0;
-    if (within == 0) {
+    if (kPer != 0 || within == 0) {
       unpacked_block<kRows, kWide, true>(w, a, size, scales, partial);
       i = 1;
     }
+#pragma GCC unroll 4
     for (; i < count; ++i) unpacked_block<kRows, kWide, false>(w + i * w_step, a + i * a_step, size, scales + i * kTileRows, partial);
     w += count * w_step;
     a += count * a_step;
     scales += count * kTileRows;
     block += count;
-    if (count < left) break;  // the group goes on in the next chunk
+    if (kPer == 0 && count < left) break;  // the group goes on in the next chunk
     add_group<kRows>(*metas++, sums, partial, total);
     sums += kTileRows;
     within = 0;
@@ -465,14 +484,14 @@ AWQ_INLINE void chunk_tile(const PackedLinear& weight, int64_t panel_index, cons
   std::memcpy(&saved.group, &partial, sizeof partial);
 }
 
-template <bool kWide>
+template <bool kWide, int kPer>
 void run_chunks(const PackedLinear& weight, const uint8_t* tiles, int64_t row_begin, int64_t row_end, float* y, int64_t ldy,
                 int64_t panel_index, Scratch& scratch) {
   const ActivationLayout& layout = weight.activations;
   const uint8_t* panel = weight.panels.data() + panel_index * weight.panel_stride;
   const int64_t unpacked_block = layout.block_size * kPanelColumns * (kWide ? 2 : 1);
   const int64_t packed_block = layout.block_size * kPanelColumns / 2;
-  const int64_t chunk = kUnpackedNbytes / unpacked_block;
+  const int64_t most = kUnpackedNbytes / unpacked_block, chunk = kPer != 0 ? most / kPer * kPer : most;
   for (int64_t begin = 0; begin < layout.num_blocks; begin += chunk) {
     const int64_t end = begin + chunk < layout.num_blocks ? begin + chunk : layout.num_blocks;
     const uint8_t* source = panel + weight.weights_offset + begin * packed_block;
@@ -489,10 +508,10 @@ void run_chunks(const PackedLinear& weight, const uint8_t* tiles, int64_t row_be
       SavedSums& saved = scratch.sums[(row - row_begin) / kTileRows];
       float* rows = y + row * ldy;
       switch (row_end - row) {
-        case 1: chunk_tile<1, kWide>(weight, panel_index, scratch.metas, scratch.weights, tile, begin, end, saved, rows, ldy); break;
-        case 2: chunk_tile<2, kWide>(weight, panel_index, scratch.metas, scratch.weights, tile, begin, end, saved, rows, ldy); break;
-        case 3: chunk_tile<3, kWide>(weight, panel_index, scratch.metas, scratch.weights, tile, begin, end, saved, rows, ldy); break;
-        default: chunk_tile<4, kWide>(weight, panel_index, scratch.metas, scratch.weights, tile, begin, end, saved, rows, ldy); break;
+        case 1: chunk_tile<1, kWide, kPer>(weight, panel_index, scratch.metas, scratch.weights, tile, begin, end, saved, rows, ldy); break;
+        case 2: chunk_tile<2, kWide, kPer>(weight, panel_index, scratch.metas, scratch.weights, tile, begin, end, saved, rows, ldy); break;
+        case 3: chunk_tile<3, kWide, kPer>(weight, panel_index, scratch.metas, scratch.weights, tile, begin, end, saved, rows, ldy); break;
+        default: chunk_tile<4, kWide, kPer>(weight, panel_index, scratch.metas, scratch.weights, tile, begin, end, saved, rows, ldy); break;
       }
     }
   }
@@ -559,31 +578,36 @@ void run_dense(const PackedLinear& weight, const uint8_t* tiles, int64_t row_beg
 // ---- entry ----
 
 // Up to so many rows, unpacking for each tile costs less than the buffer.
-constexpr int64_t kMaxNibbleRows = 8, kMaxWideInt4Rows = 4;
+constexpr int64_t kMaxNibbleRows = 16, kMaxWideInt4Rows = 4;
 
-void run_quantized(const PackedLinear& weight, const uint8_t* tiles, int64_t num_rows, float* y, int64_t ldy, int64_t panel_begin,
-                   int64_t panel_end) {
-  const bool wide = weight.activations.mode == ActivationMode::kInt16;
-  if (!wide && num_rows <= kMaxNibbleRows) {
-    if (weight.float_type == FloatType::kFloat16)
-      run_nibbles<FloatType::kFloat16>(weight, tiles, num_rows, y, ldy, panel_begin, panel_end);
-    else
-      run_nibbles<FloatType::kBFloat16>(weight, tiles, num_rows, y, ldy, panel_begin, panel_end);
-    return;
-  }
-  if (weight.type == WeightType::kInt8) return run_wide<false>(weight, tiles, num_rows, y, ldy, panel_begin, panel_end);
-  if (wide && num_rows <= kMaxWideInt4Rows) return run_wide<true>(weight, tiles, num_rows, y, ldy, panel_begin, panel_end);
+template <bool kWide, int kPer>
+void run_row_blocks(const PackedLinear& weight, const uint8_t* tiles, int64_t num_rows, float* y, int64_t ldy, int64_t panel_begin,
+                    int64_t panel_end) {
   Scratch scratch;
   // Rows outside, so that a block of activations stays in L2 over all panels of the range.
   for (int64_t row = 0; row < num_rows; row += kRowBlock) {
     const int64_t end = row + kRowBlock < num_rows ? row + kRowBlock : num_rows;
-    for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
-      if (wide)
-        run_chunks<true>(weight, tiles, row, end, y, ldy, panel, scratch);
-      else
-        run_chunks<false>(weight, tiles, row, end, y, ldy, panel, scratch);
-    }
+    for (int64_t panel = panel_begin; panel < panel_end; ++panel)
+      run_chunks<kWide, kPer>(weight, tiles, row, end, y, ldy, panel, scratch);
   }
+}
+
+void run_quantized(const PackedLinear& weight, const uint8_t* tiles, int64_t num_rows, float* y, int64_t ldy, int64_t panel_begin,
+                   int64_t panel_end) {
+  if (weight.type == WeightType::kInt8) return run_wide<false>(weight, tiles, num_rows, y, ldy, panel_begin, panel_end);
+  const bool wide = weight.activations.mode == ActivationMode::kInt16;
+  if (wide && num_rows <= kMaxWideInt4Rows) return run_wide<true>(weight, tiles, num_rows, y, ldy, panel_begin, panel_end);
+  with_blocks_per_group(weight.activations.blocks_per_group, [&](auto per_group) {
+    constexpr int kPer = decltype(per_group)::value;
+    if (wide)
+      run_row_blocks<true, kPer>(weight, tiles, num_rows, y, ldy, panel_begin, panel_end);
+    else if (num_rows > kMaxNibbleRows)
+      run_row_blocks<false, kPer>(weight, tiles, num_rows, y, ldy, panel_begin, panel_end);
+    else if (weight.float_type == FloatType::kFloat16)
+      run_nibbles<FloatType::kFloat16, kPer>(weight, tiles, num_rows, y, ldy, panel_begin, panel_end);
+    else
+      run_nibbles<FloatType::kBFloat16, kPer>(weight, tiles, num_rows, y, ldy, panel_begin, panel_end);
+  });
 }
 
 template <FloatType kType>
