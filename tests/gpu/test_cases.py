@@ -112,6 +112,15 @@ def test_every_launch_of_the_engine_is_a_case(
     assert_known(launched, compiled_modes("sm_90"))
 
 
+@pytest.mark.parametrize("options", [{}, {"batch_invariant": True, "dtype": "bfloat16"}], ids=str)
+def test_every_launch_of_a_mixture_is_a_case(
+    options: dict[str, Any], mixture_checkpoint: Path, device: FakeCudaDevice
+) -> None:
+    launched = launched_modes(mixture_checkpoint, device, **options)
+    assert {"route_kernel", "combine_kernel"} <= {mode[0] for mode in launched}
+    assert_known(launched, compiled_modes("sm_90"))
+
+
 def test_a_launch_that_is_no_case_is_seen(checkpoint: Path, device: FakeCudaDevice) -> None:
     launched = launched_modes(checkpoint, device)
     for name in ("gather_rows_kernel", "awq_gemm_kernel", "decode_kernel", "add_rms_norm_kernel"):
