@@ -181,7 +181,8 @@ def _after() -> dict[str, Callable[[], Any]]:
     return {
         "moe_route": lambda: moe.route(single(64, 8), whole(64, 2), single(64, 2), True),
         "moe_route, shared": lambda: moe.route(single(64, 61), whole(64, 4), single(64, 5), False),
-        "moe_route, 8 of 128": lambda: moe.route(single(64, 128), whole(64, 8), single(64, 8), True),
+        "moe_route, shared, of the active": lambda: moe.route(single(64, 61), whole(64, 4), single(64, 5), True),
+        "moe_route, 8 of 128": lambda: moe.route(single(64, 128), whole(64, 8), single(64, 8), False),
         "soft_cap": lambda: fused.soft_cap(single(16, 128256), 30.0),
         "sample": lambda: sampling.sample(
             single(64, 128256), single(64), whole(64), single(64), single(64), long, long, whole(2, 64)

@@ -53,7 +53,7 @@ def modes(start: Launch) -> Iterator[tuple[Any, ...]]:
         yield (name, kinds["x_ptr"], kinds["out_ptr"])
         yield (name, kinds["bias_ptr"], kinds["out_ptr"] == torch.float32)
     else:
-        switches = {key: constants[key] for key in ("GELU", "UNIT_OFFSET", "WINDOW") if key in constants}
+        switches = {key: constants[key] for key in ("GELU", "UNIT_OFFSET", "WINDOW", "RENORMALIZE", "SHARED") if key in constants}
         if name == "rope_and_store_kernel" and given["q_norm_ptr"] is None:
             switches = {}  # of the norm
         yield (name, *kinds.items(), *switches.items())
