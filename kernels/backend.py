@@ -52,7 +52,8 @@ class RotaryTable:
 
 @dataclass(frozen=True, slots=True)
 class QKNorm:
-    """RMSNorm over each query and key head before rotation. Weights fp32 [head_dim]."""
+    """RMSNorm of queries and keys before rotation: over each head with weights fp32 [head_dim], or over all heads of a token
+    together with weights [q_size] and [kv_size]."""
 
     q_weight: Tensor
     k_weight: Tensor
@@ -227,18 +228,23 @@ class Backend(Protocol):
     def record(self, forward: Callable[[], Tensor], batch: ForwardBatch) -> Program:
         """`forward` calls ops on `batch` and returns the logits. It is called while recording, or at every run."""
 
-    def embed(self, batch: ForwardBatch, embedding: PreparedEmbedding) -> Tensor: ...
+    def embed(self, batch: ForwardBatch, embedding: PreparedEmbedding, scale: float = 1.0) -> Tensor:
+        """The tokens' rows of the table, times `scale`."""
 
     def add_rms_norm(
         self,
         x: Tensor,
         residual: Tensor | None,
-        weight: Tensor,
+        weight: Tensor | None,
         eps: float,
         unit_offset: bool = False,
         for_linear: PreparedLinear | None = None,
+        x_weight: Tensor | None = None,
     ) -> tuple[LinearInput, Tensor]:
-        """(norm(x + residual) * weight, x + residual); `unit_offset` multiplies by 1 + weight. residual None counts as 0."""
+        """(norm(total) * weight, total), with total = x + residual, or norm(x) * x_weight + residual where that is given.
+
+        `unit_offset` multiplies by 1 + weight, both times. weight None: total itself. residual None counts as 0.
+        """
 
     def linear(self, x: LinearInput, weight: PreparedLinear) -> Tensor: ...
 

@@ -17,7 +17,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from quantizer.config import QuantizeError
 from quantizer.documents import read_documents
-from quantizer.mappings import Architecture, ScaleGroup
+from quantizer.mappings import Architecture, ScaleGroup, attention_implementation
 from quantizer.mixtures import down_input, loaded_tensors
 from quantizer.prose import PROSE
 
@@ -193,7 +193,7 @@ class LayerRunner:
 
     def __init__(self, config: PretrainedConfig, architecture: Architecture) -> None:
         self.config = copy.deepcopy(config)
-        self.config._attn_implementation = "sdpa"
+        self.config._attn_implementation = attention_implementation(config)
         self.config._experts_implementation = "eager"  # the experts of each token, in one order
         self.architecture = architecture
         self._rotary = architecture.rotary_type(self.config)
@@ -219,11 +219,12 @@ class LayerRunner:
             past_key_values=None,
             position_ids=positions,
         )
+        kind = {"layer_type": self.config.layer_types[index]} if self.architecture.rotary_by_layer_type else {}
         output: Tensor = layer(
             hidden,
             attention_mask=mask,
             position_ids=positions,
-            position_embeddings=self._rotary(hidden, position_ids=positions),
+            position_embeddings=self._rotary(hidden, position_ids=positions, **kind),
         )
         return output
 

@@ -16,7 +16,7 @@ from quantizer.calibrate import InputStatistics, LayerRunner
 from quantizer.config import EFFORTS, QuantConfig, QuantizeError, QuantizeOptions
 from quantizer.folding import fold, shared_channels
 from quantizer.layouts import packed_tensors
-from quantizer.mappings import Architecture, ScaleGroup
+from quantizer.mappings import Architecture, Fold, ScaleGroup
 from quantizer.refinement import refine
 from quantizer.rounding import Rounded, nearest_values, round_feedback, round_nearest
 from quantizer.search import RangeChooser, ScaleChoice, output_error, search_scales
@@ -105,7 +105,8 @@ class LayerQuantizer:
     def embed(self, tokens: Tensor) -> Tensor:
         """tokens: int64 [sequences, length]. What enters the first layer, fp32 [sequences, length, hidden size]."""
         embedding = f"{self.architecture.embedding}.weight"
-        return load_checked(self.source, embedding, self.shapes[embedding])[tokens].float()
+        rows = load_checked(self.source, embedding, self.shapes[embedding])[tokens].float()
+        return rows * self.architecture.embedding_scale(self.source.config)
 
     def layers(self, hidden: Tensor, first: int = 0) -> Iterator[LayerResult]:
         """hidden: what enters layer `first`. Yields a result per layer as it is done."""
@@ -142,11 +143,13 @@ class LayerQuantizer:
         folded, row_scales, waiting = dict(tensors), dict[str, Tensor](), []
         rounded: dict[str, tuple[AwqWeight, LinearReport]] = {}
         for group, inputs in statistics:
-            choice, shared = self._search(index, group, tensors, inputs), shared_channels(self.source.config, group)
+            choice = self._search(index, group, tensors, inputs)
             wanted = torch.ones_like(inputs.mean_abs) if choice is None else choice.scales
-            scales, rows = fold(folded, group, wanted, self.dtype, shared)
+            scales, rows = fold(folded, group, wanted, self.dtype, self.source.config)
             if rows.numel():
                 row_scales[group.previous] = rows
+            if group.fold is Fold.NONE:
+                report.skipped.append(f"scales of {', '.join(group.linears)}: nothing before them can take one")
             if choice is not None:
                 report.scales.append(_scale_report(group, choice))
                 if choice.is_identity:
@@ -165,7 +168,7 @@ class LayerQuantizer:
             written |= packed_tensors(weight, self.options.format)
             dense[f"{linear}.weight"] = weight.dequantize()
             report.linears.append(linear_report)
-            if self._clips(linear) and linear_report.clipped == 0:
+            if self._clipped_rows(linear, weight.out_features).any() and linear_report.clipped == 0:
                 report.skipped.append(f"clip of {linear}")
         return LayerResult(written, report), {name: tensor.float() for name, tensor in dense.items()}
 
@@ -192,10 +195,10 @@ class LayerQuantizer:
     def _search(
         self, index: int, group: ScaleGroup, tensors: dict[str, Tensor], inputs: InputStatistics
     ) -> ScaleChoice | None:
-        """None where there is nothing to search for: no scales are wanted, or none of the group's linears is quantized."""
+        """None where there is nothing to search for: no scales are wanted, or can be folded, or no linear is quantized."""
         weights = [tensors[f"{name}.weight"] for name in group.linears if self._converts(index, name)]
         channels = inputs.mean_abs.shape[0]
-        if not weights or not self.options.scales:
+        if not weights or not self.options.scales or group.fold is Fold.NONE:
             return None
         shared, effort = shared_channels(self.source.config, group), EFFORTS[self.options.effort]
         # The rows that the search will look at, before the weights of all experts are copied side by side.
@@ -227,7 +230,7 @@ class LayerQuantizer:
         """Linears that share the second moment of their (scaled) inputs."""
         weights = [folded[f"{name}.weight"] for name in names]
         clip = torch.cat(
-            [torch.full((weight.shape[0],), self._clips(name)) for name, weight in zip(names, weights, strict=True)]
+            [self._clipped_rows(name, weight.shape[0]) for name, weight in zip(names, weights, strict=True)]
         )
         choose = RangeChooser(clip, effort=EFFORTS[self.options.effort])
         size = self._group_size(weights[0].shape[1])
@@ -246,8 +249,13 @@ class LayerQuantizer:
             start = rows.stop
         return packed
 
-    def _clips(self, linear: str) -> bool:
-        return self.options.clip and linear not in self.architecture.unclipped
+    def _clipped_rows(self, linear: str, num_rows: int) -> Tensor:
+        """bool [num_rows]: which rows' ranges may shrink."""
+        rows = torch.full((num_rows,), self.options.clip)
+        unclipped = self.architecture.unclipped.get(linear)
+        if unclipped is not None:
+            rows[unclipped.of(self.source.config, num_rows)] = False
+        return rows
 
     def _group_size(self, channels: int) -> int:
         return channels if self.options.group_size == -1 else self.options.group_size

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
@@ -66,9 +67,63 @@ TINY_MODELS: dict[str, tuple[type, dict[str, Any]]] = {
             "tie_word_embeddings": False,
         },
     ),
+    "gemma2": (
+        transformers.Gemma2Config,
+        {"head_dim": 32, "query_pre_attn_scalar": 24, "sliding_window": 20, "final_logit_softcapping": 5.0}
+        | {"attn_logit_softcapping": 2.0},
+    ),
+    "gemma3_text": (
+        transformers.Gemma3TextConfig,
+        {
+            "head_dim": 32,
+            "query_pre_attn_scalar": 24,
+            "sliding_window": 20,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
+    "phi3": (
+        transformers.Phi3Config,
+        {
+            "tie_word_embeddings": False,
+            "sliding_window": 40,
+            "original_max_position_embeddings": 64,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.75,
+                "short_factor": [1.0 + 0.1 * i for i in range(6)],
+                "long_factor": [2.0 + 0.5 * i for i in range(6)],
+            },
+        },
+    ),
+    "granite": (
+        transformers.GraniteConfig,
+        {
+            "tie_word_embeddings": True,
+            "embedding_multiplier": 12.0,
+            "attention_multiplier": 0.2,
+            "residual_multiplier": 0.22,
+            "logits_scaling": 8.0,
+        },
+    ),
+    "olmo2": (transformers.Olmo2Config, {"tie_word_embeddings": False}),
+    "smollm3": (transformers.SmolLM3Config, {"no_rope_layers": [1, 0, 1], "tie_word_embeddings": True}),
 }
 
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
+
+
+_QUICK = ("llama-untied-biased", "gemma3_text", "phi3", "olmo2", "granite")
+
+
+def kinds_by_cost() -> list[Any]:
+    """Every kind as a test's parameter; in `make test` those alone that between them have everything that architectures differ
+    by."""
+    return [pytest.param(kind, marks=() if kind in _QUICK else pytest.mark.slow) for kind in TINY_MODELS]
 
 
 def make_tiny_model(

@@ -65,12 +65,13 @@ class Program:
         block_tables: Tensor = ...,
         logit_rows: Tensor = ...,
     ) -> None: ...
-    def embed(self, table: Tensor, out: Tensor) -> None: ...
+    def embed(self, table: Tensor, scale: float, out: Tensor) -> None: ...
     def add_rms_norm(
         self,
         x: Tensor,
         residual: Tensor | None,
-        weight: Tensor,
+        x_weight: Tensor | None,
+        weight: Tensor | None,
         eps: float,
         unit_offset: bool,
         total: Tensor,

@@ -234,11 +234,11 @@ class CpuBackend(HostBackend):
         packed = [(layout, self._empty(layout.nbytes(num_rows), dtype=torch.uint8)) for layout in linear.layouts]
         return CpuLinearInput(num_rows, None, packed)
 
-    def embed(self, batch: ForwardBatch, embedding: PreparedEmbedding) -> Tensor:
+    def embed(self, batch: ForwardBatch, embedding: PreparedEmbedding, scale: float = 1.0) -> Tensor:
         assert isinstance(embedding, CpuEmbedding)
         program = self._program(batch, embedding.weight)
         out = self._empty(batch.max_tokens, embedding.weight.shape[1])
-        program.embed(embedding.weight, out)
+        program.embed(embedding.weight, scale, out)
         self._finish(program, batch.num_tokens, batch)
         return out if self._recording else out[: batch.num_tokens]
 
@@ -246,15 +246,16 @@ class CpuBackend(HostBackend):
         self,
         x: Tensor,
         residual: Tensor | None,
-        weight: Tensor,
+        weight: Tensor | None,
         eps: float,
         unit_offset: bool = False,
         for_linear: PreparedLinear | None = None,
+        x_weight: Tensor | None = None,
     ) -> tuple[CpuLinearInput, Tensor]:
-        program = self._program(None, weight)
+        program = self._program(None, weight, x_weight)
         total = self._empty(*x.shape)
         out = self._linear_input(x.shape[0], x.shape[1], for_linear)
-        program.add_rms_norm(x, residual, weight, eps, unit_offset, total, out.packed, out.tensor)
+        program.add_rms_norm(x, residual, x_weight, weight, eps, unit_offset, total, out.packed, out.tensor)
         self._finish(program, x.shape[0])
         return out, total
 

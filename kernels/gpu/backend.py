@@ -292,24 +292,25 @@ class GpuBackend:
     def _empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
 
-    def embed(self, batch: ForwardBatch, embedding: PreparedEmbedding) -> Tensor:
+    def embed(self, batch: ForwardBatch, embedding: PreparedEmbedding, scale: float = 1.0) -> Tensor:
         assert isinstance(embedding, GpuEmbedding)
         num_tokens = self._extent(batch).num_tokens
         out = self._empty(num_tokens, embedding.weight.shape[1])
-        fused.embed(batch.input_ids[:num_tokens], embedding.weight, out)
+        fused.embed(batch.input_ids[:num_tokens], embedding.weight, scale, out)
         return out
 
     def add_rms_norm(
         self,
         x: Tensor,
         residual: Tensor | None,
-        weight: Tensor,
+        weight: Tensor | None,
         eps: float,
         unit_offset: bool = False,
         for_linear: PreparedLinear | None = None,
+        x_weight: Tensor | None = None,
     ) -> tuple[GpuInput, Tensor]:
         out, total = self._empty(*x.shape), self._empty(*x.shape, dtype=torch.float32)
-        fused.add_rms_norm(x, residual, weight, out, total, eps, unit_offset)
+        fused.add_rms_norm(x, residual, x_weight, weight, out, total, eps, unit_offset)
         return GpuInput(out), total
 
     def linear(self, x: LinearInput, weight: PreparedLinear) -> Tensor:

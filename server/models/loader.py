@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from kernels.backend import Backend, PreparedLinear, QKNorm
+from kernels.backend import Backend, PreparedLinear, QKNorm, RotaryTable
 from kernels.format import AwqWeight, DenseWeight
 from server.model_config import ModelConfig, ModelError
 from server.models.checkpoint import Checkpoint
@@ -18,22 +19,15 @@ from server.models.mixture import mixture_linears, prepare_mixture
 from server.models.mlp import DenseMlp, MixtureMlp, Mlp
 from server.models.rotary import rotary_table
 
-FLOAT_DTYPES = ("F16", "BF16", "F32")
+logger = logging.getLogger(__name__)
 
-FUSED_LINEARS: Mapping[str, tuple[str, ...]] = {
-    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "o": ("self_attn.o_proj",),
-}
-DENSE_MLP: Mapping[str, tuple[str, ...]] = {
-    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
-    "down": ("mlp.down_proj",),
-}
-"""Which of a layer's modules are computed as one linear, in the order of their outputs."""
+FLOAT_DTYPES = ("F16", "BF16", "F32")
 
 EMBEDDING = "model.embed_tokens"
 HEAD = "lm_head"
 FINAL_NORM = "model.norm"
-_LAYER_NORMS = ("input_layernorm", "post_attention_layernorm")
+_O = "self_attn.o_proj"
+_DOWN = "mlp.down_proj"
 _QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 # Tensors that checkpoints carry and that mean nothing to us: frequencies are computed from the config.
 _IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
@@ -44,10 +38,12 @@ def load_decoder(model_dir: Path, config: ModelConfig, backend: Backend, max_mod
 
     Raises ModelError or FormatError naming file, tensor, expected and found.
     """
-    checkpoint = Checkpoint(model_dir)
+    checkpoint = Checkpoint(model_dir, config.wrapper.rename) if config.wrapper else Checkpoint(model_dir)
+    if config.wrapper and checkpoint.ignored:
+        logger.info("%s is not served: %d tensors are passed over", config.wrapper.ignored_as, checkpoint.ignored)
     check_tensors(checkpoint, config)
-    reader = _Reader(checkpoint, config, backend)
     with torch.inference_mode():
+        reader = _Reader(checkpoint, config, backend, max_model_len)
         embedding = DenseWeight(EMBEDDING, checkpoint.read(f"{EMBEDDING}.weight"))
         head: AwqWeight | DenseWeight = embedding
         if not config.tie_word_embeddings or is_quantized(checkpoint, HEAD):
@@ -55,48 +51,66 @@ def load_decoder(model_dir: Path, config: ModelConfig, backend: Backend, max_mod
         weights = DecoderWeights(
             embedding=backend.prepare_embedding(embedding),
             layers=[reader.layer(index) for index in range(config.num_layers)],
-            final_norm=backend.prepare_norm(checkpoint.read(f"{FINAL_NORM}.weight")),
+            final_norm=reader.final_norm(),
             head=backend.prepare_head(head),
         )
-        rotary = backend.prepare_rotary(*rotary_table(config, max_model_len))
     checkpoint.close()
-    return Decoder(config, backend, weights, rotary)
+    return Decoder(config, backend, weights)
 
 
 class _Reader:
     """Reads modules and hands them to the back end."""
 
-    def __init__(self, checkpoint: Checkpoint, config: ModelConfig, backend: Backend) -> None:
+    def __init__(self, checkpoint: Checkpoint, config: ModelConfig, backend: Backend, max_model_len: int) -> None:
         self.checkpoint, self.config, self.backend = checkpoint, config, backend
+        ropes = {id(rope): rope for rope in config.layer_ropes if rope is not None}
+        self.rotary: dict[int, RotaryTable] = {
+            key: backend.prepare_rotary(*rotary_table(rope, config.max_position_embeddings, max_model_len))
+            for key, rope in ropes.items()
+        }
 
     def layer(self, index: int) -> DecoderLayer:
-        prefix = f"model.layers.{index}"
-        linears = self.fused(prefix, FUSED_LINEARS)
-        norms = [self.norm(f"{prefix}.{name}") for name in _LAYER_NORMS]
-        qk_norm = None
-        if self.config.qk_norm:
-            q_weight, k_weight = (self.norm(f"{prefix}.{name}") for name in _QK_NORMS)
-            qk_norm = QKNorm(q_weight, k_weight, self.config.rms_norm_eps)
-        return DecoderLayer(
-            input_norm=norms[0],
-            post_attention_norm=norms[1],
-            qk_norm=qk_norm,
-            sliding_window=self.config.sliding_windows[index],
-            mlp=self.mlp(prefix, index),
-            **linears,
-        )
+        prefix, architecture = f"model.layers.{index}", self.config.architecture
+        norms, rope = architecture.norms, self.config.layer_ropes[index]
 
-    def fused(self, prefix: str, roles: Mapping[str, tuple[str, ...]]) -> dict[str, PreparedLinear]:
-        return {role: self.linear([f"{prefix}.{module}" for module in modules]) for role, modules in roles.items()}
+        def linear(*modules: str) -> PreparedLinear:
+            return self.linear([f"{prefix}.{module}" for module in modules])
+
+        def norm(name: str | None) -> Tensor | None:
+            return None if name is None else self.norm(f"{prefix}.{name}")
+
+        qk_norm = None
+        if architecture.qk_norm != "none":
+            q_weight, k_weight = (self.norm(f"{prefix}.{name}") for name in _QK_NORMS)
+            qk_norm = QKNorm(q_weight, k_weight, self.config.rms_norm_eps, architecture.unit_offset_norms)
+        return DecoderLayer(
+            input_norm=norm(norms.input),
+            qkv=linear(*architecture.qkv),
+            qk_norm=qk_norm,
+            o=linear(_O),
+            attention_output_norm=norm(norms.attention_output),
+            mlp_input_norm=norm(norms.mlp_input),
+            mlp=self.mlp(prefix, index),
+            mlp_output_norm=norm(norms.mlp_output),
+            sliding_window=self.config.sliding_windows[index],
+            rotary=self.rotary[id(rope)] if rope is not None else None,
+        )
 
     def mlp(self, prefix: str, index: int) -> Mlp:
         mixture = self.config.mixture
         if mixture is not None and index in mixture.layers:
             return MixtureMlp(prepare_mixture(self.backend, mixture, prefix, self.weight))
-        return DenseMlp(**self.fused(prefix, DENSE_MLP))
+        gate_up = self.linear([f"{prefix}.{module}" for module in self.config.architecture.gate_up])
+        return DenseMlp(gate_up, self.linear([f"{prefix}.{_DOWN}"]))
 
     def norm(self, name: str) -> Tensor:
         return self.backend.prepare_norm(self.checkpoint.read(f"{name}.weight"))
+
+    def final_norm(self) -> Tensor:
+        """The last norm's weight, which takes the scale of the logits in: nothing but the head reads it."""
+        weight = self.checkpoint.read(f"{FINAL_NORM}.weight").float()
+        offset = 1.0 if self.config.architecture.unit_offset_norms else 0.0
+        return self.backend.prepare_norm((weight + offset) * self.config.scales.logits - offset)
 
     def linear(self, modules: Sequence[str]) -> PreparedLinear:
         weights = [self.weight(module) for module in modules]
@@ -134,8 +148,14 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
         if bias or f"{module}.bias" in checkpoint:
             dense(f"{module}.bias", (out_features,))
 
-    hidden, inner = config.hidden_size, config.intermediate_size
+    def fused(prefix: str, modules: Sequence[str], sizes: Sequence[int], bias: bool) -> None:
+        """Modules of one linear: one for each of the sizes, or one for all."""
+        for module, size in zip(modules, sizes if len(modules) > 1 else [sum(sizes)], strict=True):
+            linear(f"{prefix}.{module}", size, hidden, bias)
+
+    hidden, inner, architecture = config.hidden_size, config.intermediate_size, config.architecture
     q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    qk_widths = (q_size, kv_size) if architecture.qk_norm == "all heads" else (config.head_dim, config.head_dim)
     dense(f"{EMBEDDING}.weight", (config.vocab_size, hidden))
     dense(f"{FINAL_NORM}.weight", (hidden,))
     if not config.tie_word_embeddings or is_quantized(checkpoint, HEAD):
@@ -144,21 +164,18 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
         expected.add(f"{HEAD}.weight")  # some tied checkpoints carry the copy
     for index in range(config.num_layers):
         prefix = f"model.layers.{index}"
-        for norm in _LAYER_NORMS:
+        for norm in architecture.norms.names():
             dense(f"{prefix}.{norm}.weight", (hidden,))
-        for norm in _QK_NORMS if config.qk_norm else ():
-            dense(f"{prefix}.{norm}.weight", (config.head_dim,))
-        linear(f"{prefix}.self_attn.q_proj", q_size, hidden, config.qkv_bias)
-        linear(f"{prefix}.self_attn.k_proj", kv_size, hidden, config.qkv_bias)
-        linear(f"{prefix}.self_attn.v_proj", kv_size, hidden, config.qkv_bias)
-        linear(f"{prefix}.self_attn.o_proj", hidden, q_size, config.o_bias)
+        for norm, width in zip(_QK_NORMS, qk_widths, strict=True) if architecture.qk_norm != "none" else ():
+            dense(f"{prefix}.{norm}.weight", (width,))
+        fused(prefix, architecture.qkv, (q_size, kv_size, kv_size), config.qkv_bias)
+        linear(f"{prefix}.{_O}", hidden, q_size, config.o_bias)
         if config.mixture is not None and index in config.mixture.layers:
             for module, (out_features, in_features) in mixture_linears(config.mixture, prefix, hidden).items():
                 linear(module, out_features, in_features, bias=False)
             continue
-        linear(f"{prefix}.mlp.gate_proj", inner, hidden, config.mlp_bias)
-        linear(f"{prefix}.mlp.up_proj", inner, hidden, config.mlp_bias)
-        linear(f"{prefix}.mlp.down_proj", hidden, inner, config.mlp_bias)
+        fused(prefix, architecture.gate_up, (inner, inner), config.mlp_bias)
+        linear(f"{prefix}.{_DOWN}", hidden, inner, config.mlp_bias)
     surplus = sorted(name for name in checkpoint.tensors.keys() - expected if not name.endswith(_IGNORED_SUFFIXES))
     if surplus:
         more = f" and {len(surplus) - 3} more" if len(surplus) > 3 else ""

@@ -20,7 +20,7 @@ from quantizer.config import QuantizeError
 from quantizer.documents import read_documents
 from quantizer.mappings import ScaleGroup, find_architecture
 from quantizer.sources import open_source
-from tests.tiny_models import MIXTURES, TINY_MODELS, layer_tensors, load_reference
+from tests.tiny_models import MIXTURES, kinds_by_cost, layer_tensors, load_reference
 
 
 def test_builtin_text_is_prose_and_its_held_out_part_is_apart() -> None:
@@ -114,7 +114,7 @@ def test_too_little_text_is_refused(tiny_tokenizer: PreTrainedTokenizerFast, tmp
         calibration_tokens(tiny_tokenizer, 10**6, str(path), 4, 512, 0)
 
 
-@pytest.mark.parametrize("kind", TINY_MODELS)
+@pytest.mark.parametrize("kind", kinds_by_cost())
 def test_layer_by_layer_equals_the_whole_model(kind: str, make_checkpoint: Callable[..., Path]) -> None:
     """Masks, sliding windows and rotary embeddings included; and the statistics are those of the inputs seen."""
     folder = make_checkpoint(kind)

@@ -16,21 +16,20 @@ from kernels.format import AwqWeight
 from quantizer.__main__ import main
 from quantizer.config import FORMATS, QuantizeError, QuantizeOptions
 from quantizer.evaluate import evaluate, evaluation_rows, load_checkpoint
+from quantizer.mappings import ARCHITECTURES
 from quantizer.run import quantize
 from quantizer.sources import SafetensorsSource
-from tests.tiny_models import MIXTURES, TINY_MODELS, load_reference
+from tests.tiny_models import kinds_by_cost, load_reference
 
 OPTIONS = QuantizeOptions(group_size=32, samples=4, sequence_length=64)
 
 
-KINDS = [pytest.param(kind, marks=pytest.mark.slow) if kind in MIXTURES else kind for kind in TINY_MODELS]
 ROUTERS = {
     "mixtral": ["block_sparse_moe.gate"],
     "qwen2_moe": ["mlp.gate", "mlp.shared_expert_gate"],
     "qwen3_moe": ["model.layers.0.mlp.gate", "model.layers.2.mlp.gate"],
 }
 """Its second layer is dense, with a gate_proj."""
-NUM_LINEARS = {"mixtral": 3 * (4 + 4 * 3), "qwen2_moe": 3 * (4 + (5 + 1) * 3), "qwen3_moe": 3 * 4 + 3 + 2 * 8 * 3}
 
 
 def _run(source: Path, out: Path, **options: Any) -> dict[str, Any]:
@@ -45,7 +44,7 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", kinds_by_cost())
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 def test_every_architecture_becomes_a_standard_checkpoint(
     kind: str, dtype: torch.dtype, make_checkpoint: Callable[..., Path], tmp_path: Path
@@ -58,7 +57,13 @@ def test_every_architecture_becomes_a_standard_checkpoint(
     assert config["torch_dtype"] == str(dtype).removeprefix("torch.") and len(config["architectures"]) == 1
     tensors, original = _tensors(out), _tensors(source)
     linears = {name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")}
-    assert len(linears) == NUM_LINEARS.get(kind, 7 * 3)
+    model = SafetensorsSource(source).config
+    expected = sum(
+        not linear.endswith(("mlp.gate", "moe.gate", "expert_gate"))
+        for index in range(3)
+        for linear in ARCHITECTURES[config["architectures"][0]].layer_linears(model, index)
+    )
+    assert len(linears) == expected
     for name in linears:
         triple = {key: tensors.pop(f"{name}.{key}") for key in ("qweight", "qzeros", "scales")}
         assert AwqWeight.from_tensors(name, triple, 32).dequantize().shape == original.pop(f"{name}.weight").shape
@@ -75,7 +80,7 @@ def test_every_architecture_becomes_a_standard_checkpoint(
     assert json.loads((out / "quantization_report.json").read_text()) == json.loads(json.dumps(report))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", kinds_by_cost())
 def test_errors_fall_and_the_report_is_true(kind: str, make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     """The model on disk, dequantized in transformers, is closer to the original than plain rounding's."""
     source = make_checkpoint(kind, initializer_range=0.08)

@@ -234,27 +234,30 @@ void need_batch_of_tokens(const Program& program) {
   if (program.limits.picks_rows) value_error("batch: rows have been picked from it; no op may read it after that");
 }
 
-void add_embed(Program& program, const Array& table, const Array& out) {
+void add_embed(Program& program, const Array& table, float scale, const Array& out) {
   need_batch_of_tokens(program);
   const Dtype dtype = check_dtype("table", table, {Dtype::kFloat16, Dtype::kBfloat16});
   check_array("table", table, {-1, -1});
   auto op = std::make_unique<EmbedOp>();
   op->table = data_of<uint16_t>(table);
   op->type = dtype == Dtype::kFloat16 ? TableType::kHalf : TableType::kBfloat;
+  op->scale = scale;
   op->width = size_of(table, 1);
   op->out = floats("out", out, {program.batch().max_tokens, op->width});
   narrow(program.limits.vocab_size, size_of(table, 0));
   add_op(program, std::move(op), program.batch().max_tokens);
 }
 
-void add_norm(Program& program, const Array& x, const std::optional<Array>& residual, const Array& weight, float eps,
-              bool unit_offset, const Array& total, const Outputs& packed, const std::optional<Array>& dense) {
+void add_norm(Program& program, const Array& x, const std::optional<Array>& residual, const std::optional<Array>& x_weight,
+              const std::optional<Array>& weight, float eps, bool unit_offset, const Array& total, const Outputs& packed,
+              const std::optional<Array>& dense) {
   const int64_t rows = size_of(x, 0), width = size_of(x, 1);
   auto op = std::make_unique<NormOp>();
   op->x = floats("x", x, {-1, -1});
   check_multiple("x: hidden size", width, 8);
   op->residual = residual ? floats("residual", *residual, {rows, width}) : nullptr;
-  op->weight = floats("weight", weight, {width});
+  op->x_weight = x_weight ? floats("x_weight", *x_weight, {width}) : nullptr;
+  op->weight = weight ? floats("weight", *weight, {width}) : nullptr;
   op->eps = eps;
   op->offset = unit_offset ? 1.0f : 0.0f;
   op->total = floats("total", total, {rows, width});
@@ -361,6 +364,12 @@ void add_moe(Program& program, const Weights& router, const std::vector<Array>& 
   add_op(program, std::move(op), rows);
 }
 
+// A norm's weight over each head, or over all of them together; says over how many.
+const float* head_norm(const char* name, const Array& weight, int num_heads, int64_t head_dim, int& span) {
+  span = size_of(weight, 0) == head_dim ? 1 : num_heads;
+  return floats(name, weight, {span * head_dim});
+}
+
 void add_rope(Program& program, const Array& qkv, int num_heads, const KvCacheObject& cache, const std::optional<Array>& q_weight,
               const std::optional<Array>& k_weight, float eps, bool unit_offset, const std::optional<Array>& cos,
               const std::optional<Array>& sin, const Array& q) {
@@ -378,8 +387,9 @@ void add_rope(Program& program, const Array& qkv, int num_heads, const KvCacheOb
   op->row.num_kv_heads = kv.num_kv_heads;
   op->row.head_dim = kv.head_dim;
   if (q_weight.has_value() != k_weight.has_value()) value_error("q_weight, k_weight: expected both or neither");
-  op->row.q_weight = q_weight ? floats("q_weight", *q_weight, {head_dim}) : nullptr;
-  op->row.k_weight = k_weight ? floats("k_weight", *k_weight, {head_dim}) : nullptr;
+  op->row.q_span = op->row.k_span = 1;
+  op->row.q_weight = q_weight ? head_norm("q_weight", *q_weight, num_heads, head_dim, op->row.q_span) : nullptr;
+  op->row.k_weight = k_weight ? head_norm("k_weight", *k_weight, kv.num_kv_heads, head_dim, op->row.k_span) : nullptr;
   op->row.eps = eps;
   op->row.unit_offset = unit_offset ? 1.0f : 0.0f;
   op->cos = op->sin = nullptr;
@@ -616,9 +626,9 @@ NB_MODULE(_native, m) {
                                                        block_tables, logit_rows));
       }, nb::arg("pool"), nb::arg("counts"), nb::arg("input_ids"), nb::arg("positions"), nb::arg("slot_mapping"),
            nb::arg("query_starts"), nb::arg("seq_lens"), nb::arg("block_tables"), nb::arg("logit_rows"))
-      .def("embed", &add_embed, nb::arg("table"), nb::arg("out"))
-      .def("add_rms_norm", &add_norm, nb::arg("x"), nb::arg("residual").none(), nb::arg("weight"), nb::arg("eps"),
-           nb::arg("unit_offset"), nb::arg("total"), nb::arg("packed"), nb::arg("dense").none())
+      .def("embed", &add_embed, nb::arg("table"), nb::arg("scale"), nb::arg("out"))
+      .def("add_rms_norm", &add_norm, nb::arg("x"), nb::arg("residual").none(), nb::arg("x_weight").none(),
+           nb::arg("weight").none(), nb::arg("eps"), nb::arg("unit_offset"), nb::arg("total"), nb::arg("packed"), nb::arg("dense").none())
       .def("quantize", &add_quantize, nb::arg("x"), nb::arg("packed"))
       .def("linear", &add_linear, nb::arg("weights"), nb::arg("inputs"), nb::arg("y"))
       .def("gated_linear", &add_gated_linear, nb::arg("weights"), nb::arg("inputs"), nb::arg("gate_up"), nb::arg("activation"),

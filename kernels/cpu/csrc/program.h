@@ -146,6 +146,7 @@ struct EmbedOp final : Op {
   void run(RunContext& context) override;
   const uint16_t* table;
   TableType type;
+  float scale;
   int64_t width;
   float* out;
 };
@@ -154,7 +155,8 @@ struct NormOp final : Op {
   NormOp() : Op("norm") {}
   void run(RunContext& context) override;
   const float* x;
-  const float* residual;  // or null
+  const float* residual;  // or null, like the two weights
+  const float* x_weight;
   const float* weight;
   float eps, offset;
   float* total;

@@ -135,6 +135,82 @@ WRONG_CONFIGS: list[tuple[dict, str]] = [
 ]
 
 
+WRONG_FIELDS: list[tuple[str, dict, str]] = [
+    ("gemma2", {"hidden_activation": "relu2"}, "hidden_activation 'relu2' is not supported"),
+    ("gemma2", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar must be a positive number, found 0"),
+    ("gemma2", {"final_logit_softcapping": -1.0}, "final_logit_softcapping must be a positive number, found -1.0"),
+    ("gemma2", {"layer_types": ["full_attention"]}, "layer_types has 1 entries for 3 layers"),
+    ("gemma2", {"layer_types": ["chunked_attention"] * 3}, r"layer_types holds \['chunked_attention'\]"),
+    ("gemma2", {"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
+    ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention is not supported"),
+    (
+        "gemma3_text",
+        {"rope_parameters": {"full_attention": {"rope_type": "default"}, "sliding_attention": {"rope_type": "p"}}},
+        "rope type 'p' is not supported",
+    ),
+    ("gemma3_text", {"model_type": "gemma3"}, "a gemma3 model needs text_config"),
+    ("phi3", {"partial_rotary_factor": 1.5, "rope_parameters": None}, "rotates 24 of 16 channels"),
+    ("phi3", {"num_key_value_heads": 4}, r"qkv_proj\.weight: expected shape \[192, 64\], found \[128, 64\]"),
+    ("phi3", {"intermediate_size": 80}, r"gate_up_proj\.weight: expected shape \[160, 64\], found \[192, 64\]"),
+    ("granite", {"residual_multiplier": 0.0}, "residual_multiplier must be a positive number, found 0.0"),
+    ("granite", {"logits_scaling": "8"}, "logits_scaling must be a positive number, found '8'"),
+    ("olmo2", {"model_type": "llama"}, r"input_layernorm\.weight is missing"),
+    ("olmo2", {"head_dim": 8}, r"q_norm\.weight: expected shape \[32\], found \[64\]"),
+    ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers has 1 entries for 3 layers"),
+    ("llama", {"model_type": "olmo2"}, r"post_feedforward_layernorm\.weight is missing"),
+]
+
+
+@pytest.mark.parametrize(("kind", "values", "message"), WRONG_FIELDS)
+def test_wrong_fields_of_an_architecture_are_refused(kind: str, values: dict, message: str, tmp_path: Path) -> None:
+    directory = make_tiny_model(tmp_path, kind)
+    edit_config(directory, **values)
+    with pytest.raises(ModelError, match=message):
+        load(directory)
+
+
+# What published config.json files leave out, or spell as transformers did when the models came out.
+OLDER_CONFIGS: list[tuple[str, tuple[str, ...], dict]] = [
+    ("gemma2", ("tie_word_embeddings", "hidden_activation"), {"hidden_act": "gelu_pytorch_tanh"}),
+    (
+        "gemma3_text",
+        ("rope_parameters", "layer_types", "tie_word_embeddings"),
+        {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+        | {"sliding_window_pattern": 2},
+    ),
+    ("smollm3", ("no_rope_layers", "layer_types", "tie_word_embeddings"), {"no_rope_layer_interval": 2}),
+]
+
+
+@pytest.mark.parametrize(("kind", "left_out", "values"), OLDER_CONFIGS)
+def test_older_configs_mean_the_same(kind: str, left_out: tuple[str, ...], values: dict, tmp_path: Path) -> None:
+    directory = make_tiny_model(tmp_path, kind)
+    expected = Served(directory)
+    config = json.loads((directory / "config.json").read_text())
+    older = {field: value for field, value in config.items() if field not in left_out}
+    (directory / "config.json").write_text(json.dumps({**older, **values}))
+    tokens = random_tokens(40)
+    got = Served(directory)
+    assert torch.equal(got.logits(tokens, [40]), expected.logits(tokens, [40]))
+    assert got.config.max_context == expected.config.max_context
+
+
+def test_older_phi_names_of_longrope(tmp_path: Path) -> None:
+    directory = make_tiny_model(tmp_path, "phi3")
+    expected, tokens = Served(directory), random_tokens(40)
+    rope = json.loads((directory / "config.json").read_text())["rope_parameters"]
+    factors = {field: rope[field] for field in ("short_factor", "long_factor")}
+    for name in ("su", "yarn", "longrope"):
+        edit_config(
+            directory,
+            rope_parameters=None,
+            rope_scaling={"type": name, **factors},
+            rope_theta=1e4,
+            partial_rotary_factor=0.75,
+        )
+        assert torch.equal(Served(directory).logits(tokens, [40]), expected.logits(tokens, [40]))
+
+
 @pytest.mark.parametrize(("values", "message"), WRONG_CONFIGS)
 def test_wrong_configs_are_refused_by_field(awq: Path, values: dict, message: str) -> None:
     edit_config(awq, **values)
