@@ -30,6 +30,8 @@ def traits(architecture: Architecture) -> str:
         "sliding window": architecture.sliding_window == "all",
         "sliding window in some layers": architecture.sliding_window in ("layer_types", "pattern"),
         "a RoPE of their own for those": architecture.local_rope_theta is not None,
+        "RoPE of neighbouring channels": architecture.interleaved_rope,
+        "RoPE of a part of the head": "partial_rotary_factor" in architecture.defaults,
         "layers without RoPE": architecture.no_rope_layers,
         "scaled embeddings": architecture.sqrt_embedding_scale,
         "scores scaled by config.json": architecture.query_scalar,

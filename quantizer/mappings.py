@@ -190,6 +190,8 @@ _FUSED = (
     ScaleGroup("mlp.gate_up_proj", ("mlp.down_proj",), Fold.ROWS, Rows.UPS),
 )
 
+_FUSED_GATE_UP = (*_GATED_DECODER[:2], *_FUSED[2:])
+
 _NORMS_AFTER = (
     ScaleGroup("", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), Fold.NONE),
     ScaleGroup("self_attn.v_proj", ("self_attn.o_proj",), Fold.KV_ROWS),
@@ -243,6 +245,7 @@ ARCHITECTURES = {
         _gated_decoder("Phi3", "phi3", _FUSED, {"self_attn.qkv_proj": Rows.QUERIES_AND_KEYS}),
         _gated_decoder("Granite", "granite", embedding_scale=_embedding_multiplier),
         _gated_decoder("Olmo2", "olmo2", _NORMS_AFTER),
+        _gated_decoder("Glm4", "glm4", _FUSED_GATE_UP),
         _gated_decoder("SmolLM3", "smollm3"),
     )
 }

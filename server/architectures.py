@@ -73,6 +73,8 @@ class Architecture:
     """The field that names it."""
     rope_aliases: Mapping[str, str] = field(default_factory=dict)
     """Older names of RoPE types."""
+    interleaved_rope: bool = False
+    """Pairs that rotate are (2i, 2i + 1), not (i, i + half)."""
     local_rope_theta: float | None = None
     """Layers with a sliding window have an unscaled RoPE of their own; its base, if config.json does not say."""
     no_rope_layers: bool = False
@@ -126,7 +128,7 @@ _GEMMA_DEFAULTS: Mapping[str, Any] = {
 
 ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": Architecture("Llama 1, 2, 3, 3.1, 3.2, 3.3; SmolLM2; TinyLlama; Yi", qkv_bias=None, o_bias=None),
-    "mistral": Architecture("Mistral 7B, Nemo, Small", sliding_window="all"),
+    "mistral": Architecture("Mistral 7B, Nemo, Small 3", sliding_window="all"),
     "qwen2": Architecture("Qwen2, Qwen2.5", qkv_bias=True, sliding_window="layer_types"),
     "qwen3": Architecture("Qwen3", qkv_bias=None, o_bias=None, qk_norm="each head", sliding_window="layer_types"),
     "mixtral": Architecture("Mixtral 8x7B, 8x22B", sliding_window="all", mixture=_MIXTRAL_MIXTURE),
@@ -191,7 +193,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         sliding_window="all",
         rope_aliases={"su": "longrope", "yarn": "longrope"},
     ),
-    "granite": Architecture("Granite 3.x, 4.0 (dense)", qkv_bias=None, o_bias=None, multipliers=True),
+    "granite": Architecture("Granite 3.x", qkv_bias=None, o_bias=None, multipliers=True),
     "olmo2": Architecture(
         "OLMo 2",
         norms=LayerNorms(
@@ -203,6 +205,14 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         qkv_bias=None,
         o_bias=None,
         qk_norm="all heads",
+    ),
+    "glm4": Architecture(
+        "GLM-4-0414 (9B, 32B)",
+        defaults={"partial_rotary_factor": 0.5, "attention_bias": True, "head_dim": 128, "rms_norm_eps": 1.5625e-7},
+        gate_up=_FUSED_GATE_UP,
+        norms=LayerNorms(attention_output="post_self_attn_layernorm", mlp_output="post_mlp_layernorm"),
+        qkv_bias=None,
+        interleaved_rope=True,
     ),
     "smollm3": Architecture(
         "SmolLM3",

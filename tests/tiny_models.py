@@ -111,6 +111,7 @@ TINY_MODELS: dict[str, tuple[type, dict[str, Any]]] = {
         },
     ),
     "olmo2": (transformers.Olmo2Config, {"tie_word_embeddings": False}),
+    "glm4": (transformers.Glm4Config, {"head_dim": 32, "attention_bias": True, "tie_word_embeddings": False}),
     "smollm3": (transformers.SmolLM3Config, {"no_rope_layers": [1, 0, 1], "tie_word_embeddings": True}),
 }
 

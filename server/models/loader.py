@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -64,6 +65,7 @@ class _Reader:
     def __init__(self, checkpoint: Checkpoint, config: ModelConfig, backend: Backend, max_model_len: int) -> None:
         self.checkpoint, self.config, self.backend = checkpoint, config, backend
         ropes = {id(rope): rope for rope in config.layer_ropes if rope is not None}
+        self.halves = _halves(config) if config.architecture.interleaved_rope else None
         self.rotary: dict[int, RotaryTable] = {
             key: backend.prepare_rotary(*rotary_table(rope, config.max_position_embeddings, max_model_len))
             for key, rope in ropes.items()
@@ -85,7 +87,7 @@ class _Reader:
             qk_norm = QKNorm(q_weight, k_weight, self.config.rms_norm_eps, architecture.unit_offset_norms)
         return DecoderLayer(
             input_norm=norm(norms.input),
-            qkv=linear(*architecture.qkv),
+            qkv=self.linear([f"{prefix}.{module}" for module in architecture.qkv], self.halves),
             qk_norm=qk_norm,
             o=linear(_O),
             attention_output_norm=norm(norms.attention_output),
@@ -112,7 +114,8 @@ class _Reader:
         offset = 1.0 if self.config.architecture.unit_offset_norms else 0.0
         return self.backend.prepare_norm((weight + offset) * self.config.scales.logits - offset)
 
-    def linear(self, modules: Sequence[str]) -> PreparedLinear:
+    def linear(self, modules: Sequence[str], order: Tensor | None = None) -> PreparedLinear:
+        """order: of the outputs of all the modules, none of which leaves its own."""
         weights = [self.weight(module) for module in modules]
         has_bias = [f"{module}.bias" in self.checkpoint for module in modules]
         bias = None
@@ -123,6 +126,13 @@ class _Reader:
                     for module, weight, present in zip(modules, weights, has_bias, strict=True)
                 ]
             )
+        if order is not None:
+            starts = accumulate((weight.out_features for weight in weights), initial=0)
+            weights = [
+                weight.select_outputs(order[start : start + weight.out_features] - start)
+                for weight, start in zip(weights, starts, strict=False)
+            ]
+            bias = bias[order] if bias is not None else None
         return self.backend.prepare_linear(weights, bias)
 
     def weight(self, module: str) -> AwqWeight | DenseWeight:
@@ -130,6 +140,18 @@ class _Reader:
             assert self.config.quantization is not None
             return read_module(self.checkpoint, self.config.quantization, module)
         return DenseWeight(module, self.checkpoint.read(f"{module}.weight"))
+
+
+def _halves(config: ModelConfig) -> Tensor:
+    """The order of q, k and v rows in which channels that rotate together are half the rotary size apart, as back ends have them,
+    for a checkpoint that has them side by side. Scores do not change: queries and keys are permuted alike."""
+    size, rotary_dim = config.head_dim, config.rope.rotary_dim
+    rotated, rest = torch.arange(rotary_dim), torch.arange(rotary_dim, size)
+    head = torch.cat((rotated[0::2], rotated[1::2], rest))
+    num_rotating = config.num_heads + config.num_kv_heads
+    heads = torch.arange(num_rotating)[:, None] * size + head
+    values = torch.arange(num_rotating * size, (num_rotating + config.num_kv_heads) * size)
+    return torch.cat((heads.flatten(), values))
 
 
 def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
