@@ -121,8 +121,8 @@ def awq(tmp_path: Path) -> Callable[[str], Path]:
 def test_the_cpu_back_end_is_close_to_the_reference(
     kind: str, activations: str, largest_kl: float, largest_error: float, awq: Callable[[str], Path]
 ) -> None:
-    """Teacher-forced. The error is the largest of a logit, relative to the largest logit; of a mixture's tokens, 19 of 20: rounding may
-    choose another expert where two are as good."""
+    """Teacher-forced. The error is the largest of a logit, relative to the largest logit; of a mixture's tokens, 19 of 20: rounding
+    may choose another expert where two are as good."""
     directory, tokens = awq(kind), random_tokens(90)
     backend = create_backend("cpu", BackendOptions(num_threads=1, cpu_activations=activations, lm_head_dtype="fp16"))
     expected = Served(directory).logits(tokens, [90]).double()

@@ -1,4 +1,4 @@
-"""Mixtures of experts of which some are left in 16 bit, quantized and served: routers stay as they are, and what the server computes
+"""Mixtures of experts of which some stay in 16 bit, quantized and served: routers stay as they are, and what the server computes
 is what the written checkpoint means."""
 
 from __future__ import annotations

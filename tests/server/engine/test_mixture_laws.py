@@ -1,5 +1,5 @@
-"""The law of load independence, bitwise, for a mixture of experts with a shared one, on the native kernels. (All architectures and the
-reference: tests/test_architectures.py, in `make check`.)"""
+"""The law of load independence, bitwise, for a mixture of experts with a shared one, on the native kernels. (All architectures:
+tests/test_architectures.py, in `make check`.)"""
 
 from __future__ import annotations
 
