@@ -90,16 +90,14 @@ def test_a_mixture_equals_the_references(mixture: Mixture, dtype: str) -> None:
     assert backend.moe(GpuInput(x[:0]), experts, "silu").shape == (0, mixture.hidden)
 
 
-@pytest.mark.parametrize("batch_invariant", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "kind", [kind if kind == "qwen2_moe" else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
-)
-def test_logits_equal_the_references(kind: str, batch_invariant: bool, tmp_path: Path) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_batch_invariant_logits_equal_the_references(kind: str, tmp_path: Path) -> None:
     make_tiny_model(tmp_path / "source", kind, num_hidden_layers=2)
     make_awq_checkpoint(tmp_path / "source", tmp_path / "awq", tmp_path / "dense", 32)
     tokens = random_tokens(24)
     expected = Served(tmp_path / "awq", ReferenceBackend(BackendOptions())).logits(tokens, [24])
-    got = Served(tmp_path / "awq", gpu_backend(batch_invariant=batch_invariant)).logits(tokens, [20, 1, 3])
+    got = Served(tmp_path / "awq", gpu_backend(batch_invariant=True)).logits(tokens, [20, 1, 3])
     # A rounded router may choose another expert where two are as good: of most tokens the logits must be the same.
-    error = ((got - expected).abs().amax(-1) / expected.abs().max()).sort().values
-    assert error[int(0.8 * len(error))] < LOGIT_ERROR["float16"], error
+    errors = (got - expected).abs().amax(-1) / expected.abs().max()
+    assert 0 < errors.quantile(0.8) < LOGIT_ERROR["float16"], errors
