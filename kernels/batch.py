@@ -28,6 +28,7 @@ class ForwardBatch:
     logit_rows: Tensor  # [max_rows] indices into the step's tokens
     host_query_lens: list[int] = field(default_factory=list)  # the same numbers for back ends that run op by op
     host_seq_lens: list[int] = field(default_factory=list)
+    host_block_tables: dict[int, list[int]] = field(default_factory=dict)  # by row: what was last written there
     num_tokens: int = 0
     num_sequences: int = 0
     num_rows: int = 0
@@ -89,7 +90,9 @@ class ForwardBatch:
         _write(buffers["seq_lens"], seq_lens)
         _write(buffers["logit_rows"], logit_rows)
         for sequence, table in enumerate(block_tables):
-            _write(buffers["block_tables"], table, sequence)
+            if self.host_block_tables.get(sequence) != table:  # most are what the step before wrote
+                self.host_block_tables[sequence] = list(table)
+                _write(buffers["block_tables"], table, sequence)
         _write(buffers["counts"], (self.num_tokens, self.num_sequences, self.num_rows))
 
     def host_buffers(self) -> dict[str, Tensor]:

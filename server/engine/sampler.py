@@ -46,6 +46,8 @@ class Sampler:
         for row, sequence in enumerate(sequences):
             allowed, bias, penalties = None, {}, None
             banned = self._banned(sequence)
+            if sequence.matcher is None and not sequence.has_rules and not banned:
+                continue  # nearly every row of nearly every step
             if sequence.matcher is not None:
                 allowed = sequence.matcher.allowed(vocab_size)
                 if allowed is None:
