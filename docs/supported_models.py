@@ -18,7 +18,7 @@ BEGIN, END = "<!-- written by docs/supported_models.py: -->\n", "<!-- until here
 
 def traits(architecture: Architecture) -> str:
     """What sets a decoder apart from Llama's."""
-    norms = architecture.norms
+    norms, mixture = architecture.norms, architecture.mixture
     named = {
         "norms after the sublayers": norms.input is None,
         "norms before and after the sublayers": norms.input is not None and norms.attention_output is not None,
@@ -27,7 +27,7 @@ def traits(architecture: Architecture) -> str:
         "biased q, k, v": architecture.qkv_bias is True,
         "fused q, k, v": len(architecture.qkv) == 1,
         "fused gate and up": len(architecture.gate_up) == 1,
-        "sliding window": architecture.sliding_window == "all",
+        "sliding window": architecture.sliding_window in ("all", "used"),
         "sliding window in some layers": architecture.sliding_window in ("layer_types", "pattern"),
         "a RoPE of their own for those": architecture.local_rope_theta is not None,
         "RoPE of neighbouring channels": architecture.interleaved_rope,
@@ -37,6 +37,9 @@ def traits(architecture: Architecture) -> str:
         "scores scaled by config.json": architecture.query_scalar,
         "soft caps": architecture.soft_caps,
         "four multipliers": architecture.multipliers,
+        "mixture of experts": mixture is not None,
+        "in some layers": mixture is not None and mixture.some_layers,
+        "a shared expert": mixture is not None and mixture.shared,
     }
     return "; ".join(name for name, holds in named.items() if holds)
 
@@ -50,6 +53,9 @@ def scales(mapping: Mapping) -> str:
         return [", ".join(short[linear] for linear in group.linears) for group in groups]
 
     unscaled = inputs(True)
+    if mapping.mixture is not None:
+        attention = [names for names in inputs(False) if "gate" not in names and "down" not in names]
+        return "; ".join([*attention, "gate, up of all experts; each expert's down"])
     return "; ".join(inputs(False)) + (f" (not {'; '.join(unscaled)})" if unscaled else "")
 
 

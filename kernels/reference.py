@@ -7,7 +7,7 @@ attention sums in an order fixed by position.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,13 +18,16 @@ from kernels.backend import (
     Activation,
     AttentionShape,
     BackendOptions,
+    ExpertWeights,
     KVCache,
     KVCacheSpec,
     LinearInput,
     PreparedEmbedding,
+    PreparedExperts,
     PreparedLinear,
     QKNorm,
     RotaryTable,
+    Routing,
     SampledRows,
 )
 from kernels.batch import ForwardBatch, SamplingBatch
@@ -73,6 +76,31 @@ class DenseLinear:
             padded = torch.nn.functional.pad(x, (0, 0, 0, -x.shape[0] % ROW_MULTIPLE))
             product = (padded @ self._plain.t())[: x.shape[0]]
         return product if self.bias is None else product + self.bias
+
+
+@dataclass(frozen=True, slots=True)
+class DenseExperts:
+    """A mixture in fp32: the router, and each expert's gate_up and down."""
+
+    router: DenseLinear
+    experts: list[tuple[DenseLinear, DenseLinear]]
+    routing: Routing
+
+    @property
+    def in_features(self) -> int:
+        return self.router.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.experts[0][1].out_features
+
+    @property
+    def expert_nbytes(self) -> list[int]:
+        return [gate_up.nbytes + down.nbytes for gate_up, down in self.experts]
+
+    @property
+    def nbytes(self) -> int:
+        return self.router.nbytes + sum(self.expert_nbytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +153,12 @@ class ReferenceBackend(HostBackend):
         parts = [w.dequantize() if isinstance(w, AwqWeight) else w.weight.float() for w in weights]
         weight = torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
         return DenseLinear(weight, bias.float() if bias is not None else None)
+
+    def prepare_experts(self, router: DenseWeight, experts: Iterable[ExpertWeights], routing: Routing) -> DenseExperts:
+        prepared = [
+            (self.prepare_linear(expert.gate_up, None), self.prepare_linear([expert.down], None)) for expert in experts
+        ]
+        return DenseExperts(self.prepare_linear([router], None), prepared, routing)
 
     def prepare_embedding(self, weight: DenseWeight) -> DenseEmbedding:
         return DenseEmbedding(weight.weight.float())
@@ -247,6 +281,20 @@ class ReferenceBackend(HostBackend):
             return DenseInput(torch.nn.functional.silu(gate) * up)
         return DenseInput(torch.nn.functional.gelu(gate, approximate="tanh") * up)
 
+    def moe(self, x: LinearInput, experts: PreparedExperts, activation: Activation) -> Tensor:
+        assert isinstance(experts, DenseExperts)
+        rows = x.dense()
+        chosen, weights = route(experts.router(rows), experts.routing)
+        outputs = torch.zeros(*chosen.shape, experts.out_features)  # of each token's experts, in their order
+        for index, (gate_up, down) in enumerate(experts.experts):
+            tokens, places = (chosen == index).nonzero(as_tuple=True)
+            if len(tokens):
+                outputs[tokens, places] = down(self.act_and_mul(gate_up(rows[tokens]), activation).tensor)
+        total = outputs[:, 0] * weights[:, :1]
+        for place in range(1, chosen.shape[1]):
+            total = total + outputs[:, place] * weights[:, place, None]
+        return total
+
     def pick_rows(
         self, x: LinearInput, residual: Tensor, batch: ForwardBatch, for_linear: PreparedLinear | None = None
     ) -> tuple[DenseInput, Tensor]:
@@ -272,6 +320,18 @@ class ReferenceBackend(HostBackend):
             uniform(sampling.seed[:n], sampling.index[:n]),
         )
         return SampledRows(torch.where(temperature[:, 0] > 0, sampled, greedy).int(), finite)
+
+
+def route(logits: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+    """The experts of each token and their weights, both [rows, active], in the order of `Backend.moe`."""
+    shared = logits[:, -1:].sigmoid() if routing.shared else logits[:, :0]
+    logits = logits[:, :-1] if routing.shared else logits
+    chosen = logits.sort(dim=-1, descending=True, stable=True).indices[:, : routing.num_active]
+    weights = logits.softmax(-1).gather(-1, chosen)
+    if routing.renormalize:
+        weights = weights / weights.sum(-1, keepdim=True)
+    last = torch.full_like(shared, logits.shape[1], dtype=torch.long)
+    return torch.cat((chosen, last), dim=-1), torch.cat((weights, shared), dim=-1)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -67,6 +67,39 @@ class ScaleGroup:
 
 
 @dataclass(frozen=True, slots=True)
+class Mixture:
+    """A mixture of experts: a linear per expert in the checkpoint, stacked parameters in transformers' layer."""
+
+    module: str
+    """In the layer, as the checkpoint has it; in transformers it is `mlp`."""
+    gate: str
+    up: str
+    down: str
+    """Linears of an expert."""
+    shared: bool = False
+    """Whether there is an expert for all tokens, `shared_expert`, weighted by `shared_expert_gate`."""
+
+    @property
+    def routers(self) -> tuple[str, ...]:
+        """What decides on experts and their weights; it stays in 16 bit."""
+        return (f"{self.module}.gate", *((f"{self.module}.shared_expert_gate",) if self.shared else ()))
+
+    def experts(self, num_experts: int) -> tuple[str, ...]:
+        """Names of a layer's experts, the shared one last."""
+        names = [f"{self.module}.experts.{index}" for index in range(num_experts)]
+        return (*names, *((f"{self.module}.shared_expert",) if self.shared else ()))
+
+    def groups(self, num_experts: int) -> tuple[ScaleGroup, ...]:
+        """All experts and the routers read the norm's output, which can be divided but once; each expert's down its own up's."""
+        experts = self.experts(num_experts)
+        readers = tuple(f"{expert}.{linear}" for expert in experts for linear in (self.gate, self.up))
+        return (
+            ScaleGroup("post_attention_layernorm", (*readers, *self.routers), Fold.NORM),
+            *(ScaleGroup(f"{expert}.{self.up}", (f"{expert}.{self.down}",), Fold.ROWS) for expert in experts),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Architecture:
     """One `architectures` entry of config.json: where transformers keeps its modules, and its scale groups."""
 
@@ -77,6 +110,8 @@ class Architecture:
     groups: tuple[ScaleGroup, ...]
     unclipped: Mapping[str, Rows]
     """Rows of linears that are never clipped: errors of q and k meet in a product, where they do not average out."""
+    mixture: Mixture | None = None
+    """In place of some or all layers' MLPs."""
     embedding_scale: Callable[[PretrainedConfig], float] = lambda config: 1.0
     """What the first layer reads is the embedding times this."""
     rotary_by_layer_type: bool = False
@@ -87,9 +122,25 @@ class Architecture:
     def layer_prefix(self, index: int) -> str:
         return f"{self.layers}.{index}."
 
-    @property
-    def linears(self) -> tuple[str, ...]:
-        return tuple(name for group in self.groups for name in group.linears)
+    def layer_groups(self, config: PretrainedConfig, index: int) -> tuple[ScaleGroup, ...]:
+        """The scale groups of one layer: its MLP is a mixture or not."""
+        if self.mixture is None or not _is_mixture(config, index):
+            return self.groups
+        others = tuple(group for group in self.groups if not group.linears[0].startswith("mlp."))
+        return (*others, *self.mixture.groups(num_experts(config)))
+
+    def layer_linears(self, config: PretrainedConfig, index: int) -> tuple[str, ...]:
+        return tuple(name for group in self.layer_groups(config, index) for name in group.linears)
+
+    def routers(self, config: PretrainedConfig) -> tuple[str, ...]:
+        """Names that stand for every layer's routers, and by their substrings for nothing else."""
+        layers = [index for index in range(config.num_hidden_layers) if _is_mixture(config, index)]
+        if self.mixture is None or not layers:
+            return ()
+        if len(layers) == config.num_hidden_layers:
+            return self.mixture.routers
+        # Some layers have linears that begin like a router: mlp.gate_proj.
+        return tuple(f"{self.layer_prefix(index)}{router}" for index in layers for router in self.mixture.routers)
 
     @property
     def layer_type(self) -> type[nn.Module]:
@@ -106,6 +157,20 @@ _GATED_DECODER = (
     ScaleGroup("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj"), Fold.NORM),
     ScaleGroup("mlp.up_proj", ("mlp.down_proj",), Fold.ROWS),
 )
+
+
+def num_experts(config: PretrainedConfig) -> int:
+    """Of a layer that is a mixture, a shared one not counted."""
+    return int(getattr(config, "num_local_experts", None) or config.num_experts)
+
+
+def _is_mixture(config: PretrainedConfig, index: int) -> bool:
+    dense, step = getattr(config, "mlp_only_layers", None) or (), getattr(config, "decoder_sparse_step", 1)
+    return index not in dense and (index + 1) % step == 0
+
+
+_MIXTRAL_MIXTURE = Mixture("block_sparse_moe", gate="w1", up="w3", down="w2")
+_QWEN_MIXTURE = Mixture("mlp", gate="gate_proj", up="up_proj", down="down_proj")
 
 
 _SEPARATE_QK = {"self_attn.q_proj": Rows.ALL, "self_attn.k_proj": Rows.ALL}
@@ -170,6 +235,9 @@ ARCHITECTURES = {
         _gated_decoder("Mistral", "mistral"),
         _gated_decoder("Qwen2", "qwen2"),
         _gated_decoder("Qwen3", "qwen3"),
+        _gated_decoder("Mixtral", "mixtral", mixture=_MIXTRAL_MIXTURE),
+        _gated_decoder("Qwen2Moe", "qwen2_moe", mixture=replace(_QWEN_MIXTURE, shared=True)),
+        _gated_decoder("Qwen3Moe", "qwen3_moe", mixture=_QWEN_MIXTURE),
         _gated_decoder("Gemma2", "gemma2", _SANDWICHED, embedding_scale=_root_of_hidden_size),
         _gated_decoder(
             "Gemma3", "gemma3_text", _SANDWICHED, embedding_scale=_root_of_hidden_size, rotary_by_layer_type=True

@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from quantizer.config import QuantizeError
-from quantizer.mappings import WRAPPERS
+from quantizer.mappings import WRAPPERS, find_architecture
+from quantizer.mixtures import checkpoint_shapes
 
 logger = logging.getLogger(__name__)
 
@@ -197,13 +198,13 @@ def _unquantized(source: SafetensorsSource) -> SafetensorsSource:
 
 
 def expected_shapes(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the dense model and its shape; a tied lm_head is left out."""
+    """Every tensor of the dense model's checkpoint and its shape; a tied lm_head is left out."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         shapes.pop("lm_head.weight", None)
-    return shapes
+    return checkpoint_shapes(find_architecture(config), shapes)
 
 
 def check_tensors(source: Source) -> dict[str, tuple[int, ...]]:

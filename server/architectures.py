@@ -6,7 +6,7 @@ A new one is a row of `ARCHITECTURES`: flags on one decoder and the names of its
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 
@@ -31,6 +31,25 @@ _FUSED_GATE_UP = ("mlp.gate_up_proj",)
 
 
 @dataclass(frozen=True, slots=True)
+class MixtureNames:
+    """How a model type spells its mixture of experts: fields of config.json, and modules of a layer."""
+
+    module: str
+    """Of the layer; router and experts are in it."""
+    gate: str
+    up: str
+    down: str
+    """Linears of one expert."""
+    intermediate_size: str
+    renormalize: str | None
+    """A field that says so; None: always."""
+    shared: bool = False
+    """A shared expert, `shared_expert`, with the gate `shared_expert_gate`."""
+    some_layers: bool = False
+    """Which layers are mixtures, `mlp_only_layers` and `decoder_sparse_step` say; otherwise all are."""
+
+
+@dataclass(frozen=True, slots=True)
 class Architecture:
     """One model type."""
 
@@ -47,9 +66,9 @@ class Architecture:
     qkv_bias: bool | None = False  # None: config.json's `attention_bias` says
     o_bias: bool | None = False
     qk_norm: Literal["none", "each head", "all heads"] = "none"
-    sliding_window: Literal["none", "all", "layer_types", "pattern"] = "none"
-    """Which layers have `sliding_window`: all; those that `layer_types` names, if `use_sliding_window`; those that it names, or
-    that are not the last of each `sliding_window_pattern`."""
+    sliding_window: Literal["none", "all", "used", "layer_types", "pattern"] = "none"
+    """Which layers have `sliding_window`: all; all, if `use_sliding_window`; those that `layer_types` names, if
+    `use_sliding_window`; those that it names, or that are not the last of each `sliding_window_pattern`."""
     activation: str = "hidden_act"
     """The field that names it."""
     rope_aliases: Mapping[str, str] = field(default_factory=dict)
@@ -70,7 +89,27 @@ class Architecture:
     """`attn_logit_softcapping` and `final_logit_softcapping` hold."""
     multipliers: bool = False
     """`embedding_multiplier`, `attention_multiplier`, `residual_multiplier` and `logits_scaling` hold."""
+    mixture: MixtureNames | None = None
+    """In place of some or all layers' MLPs."""
 
+
+_QWEN_MIXTURE = MixtureNames(
+    module="mlp",
+    gate="gate_proj",
+    up="up_proj",
+    down="down_proj",
+    intermediate_size="moe_intermediate_size",
+    renormalize="norm_topk_prob",
+    some_layers=True,
+)
+_MIXTRAL_MIXTURE = MixtureNames(
+    module="block_sparse_moe",
+    gate="w1",
+    up="w3",
+    down="w2",
+    intermediate_size="intermediate_size",
+    renormalize=None,
+)
 
 _GEMMA_NORMS = LayerNorms(
     attention_output="post_attention_layernorm",
@@ -92,6 +131,21 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "mistral": Architecture("Mistral 7B, Nemo, Small 3", sliding_window="all"),
     "qwen2": Architecture("Qwen2, Qwen2.5", qkv_bias=True, sliding_window="layer_types"),
     "qwen3": Architecture("Qwen3", qkv_bias=None, o_bias=None, qk_norm="each head", sliding_window="layer_types"),
+    "mixtral": Architecture("Mixtral 8x7B, 8x22B", sliding_window="all", mixture=_MIXTRAL_MIXTURE),
+    "qwen2_moe": Architecture(
+        "Qwen1.5-MoE, Qwen2-MoE",
+        qkv_bias=True,
+        sliding_window="layer_types",
+        mixture=replace(_QWEN_MIXTURE, shared=True),
+    ),
+    "qwen3_moe": Architecture(
+        "Qwen3-MoE",
+        qkv_bias=None,
+        o_bias=None,
+        qk_norm="each head",
+        sliding_window="used",
+        mixture=_QWEN_MIXTURE,
+    ),
     "gemma2": Architecture(
         "Gemma 2",
         defaults={

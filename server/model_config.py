@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from server.architectures import ARCHITECTURES, WRAPPERS, Architecture, Wrapper
+from server.architectures import ARCHITECTURES, WRAPPERS, Architecture, MixtureNames, Wrapper
 from server.quantization_config import ModelError, QuantizationConfig, read_json, read_quantization
 
 __all__ = ["ModelConfig", "ModelError", "QuantizationConfig", "RopeConfig", "load_model_config"]
@@ -42,6 +42,19 @@ class Scales:
 
 
 @dataclass(frozen=True, slots=True)
+class MixtureConfig:
+    """A mixture of experts: how many, how many compute a token, and their channels."""
+
+    names: MixtureNames
+    num_experts: int
+    num_active: int
+    intermediate_size: int
+    shared_intermediate_size: int  # 0: no shared expert
+    renormalize: bool
+    layers: frozenset[int]  # that are mixtures; the others have a dense MLP
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
     """Everything that loading and running a model need. Sizes are counts of channels, heads, layers or tokens."""
 
@@ -67,10 +80,19 @@ class ModelConfig:
     quantization: QuantizationConfig | None
     scales: Scales
     wrapper: Wrapper | None  # what the decoder lies in
+    mixture: MixtureConfig | None
 
     @property
     def architecture(self) -> Architecture:
         return ARCHITECTURES[self.model_type]
+
+    @property
+    def active_intermediate_size(self) -> int:
+        """MLP channels that one token passes through, in the layer where it is the most."""
+        if self.mixture is None:
+            return self.intermediate_size
+        active = self.mixture.num_active * self.mixture.intermediate_size + self.mixture.shared_intermediate_size
+        return active if len(self.mixture.layers) == self.num_layers else max(active, self.intermediate_size)
 
     @property
     def max_context(self) -> int:
@@ -147,6 +169,7 @@ def load_model_config(model_dir: Path) -> ModelConfig:
         quantization=read_quantization(model_dir, raw),
         scales=_scales(raw, architecture, hidden_size, head_dim),
         wrapper=wrapper,
+        mixture=_mixture(raw, architecture.mixture, num_layers),
     )
 
 
@@ -214,6 +237,29 @@ def _rope(raw: Mapping[str, Any], architecture: Architecture, head_dim: int) -> 
     return RopeConfig(rope_type, theta, rotary_dim, parameters)
 
 
+def _mixture(raw: Mapping[str, Any], names: MixtureNames | None, num_layers: int) -> MixtureConfig | None:
+    if names is None:
+        return None
+    # Newer writers spell every model type's count as Mixtral does.
+    num_experts = _positive(raw, "num_local_experts" if "num_local_experts" in raw else "num_experts")
+    num_active = _positive(raw, "num_experts_per_tok")
+    if num_active > num_experts:
+        raise ModelError(f"config.json: num_experts_per_tok {num_active} is more than the {num_experts} experts")
+    layers = frozenset(range(num_layers))
+    if names.some_layers:
+        step, dense = _positive(raw, "decoder_sparse_step", 1), raw.get("mlp_only_layers") or ()
+        layers = frozenset(layer for layer in layers if layer not in dense and (layer + 1) % step == 0)
+    return MixtureConfig(
+        names=names,
+        num_experts=num_experts,
+        num_active=num_active,
+        intermediate_size=_positive(raw, names.intermediate_size),
+        shared_intermediate_size=_positive(raw, "shared_expert_intermediate_size") if names.shared else 0,
+        renormalize=names.renormalize is None or bool(raw.get(names.renormalize, False)),
+        layers=layers,
+    )
+
+
 def _rotating_layers(raw: Mapping[str, Any], architecture: Architecture, num_layers: int) -> list[bool]:
     if not architecture.no_rope_layers:
         return [True] * num_layers
@@ -233,8 +279,9 @@ def _layer_kinds(raw: Mapping[str, Any], architecture: Architecture, num_layers:
         return [_FULL] * num_layers
     if rule == "all":
         return [_FULL if raw.get("sliding_window") is None else _SLIDING] * num_layers
-    if rule == "layer_types" and (not raw.get("use_sliding_window", False) or raw.get("sliding_window") is None):
-        return [_FULL] * num_layers
+    is_used = raw.get("use_sliding_window", False) and raw.get("sliding_window") is not None
+    if rule == "used" or (rule == "layer_types" and not is_used):
+        return [_SLIDING if is_used else _FULL] * num_layers
     kinds = raw.get("layer_types")
     if kinds is None and rule == "pattern":
         period = _positive(raw, "sliding_window_pattern")

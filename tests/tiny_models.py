@@ -41,6 +41,32 @@ TINY_MODELS: dict[str, tuple[type, dict[str, Any]]] = {
         {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1, "tie_word_embeddings": True},
     ),
     "qwen3": (transformers.Qwen3Config, {"head_dim": 32, "tie_word_embeddings": True}),
+    "mixtral": (
+        transformers.MixtralConfig,
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 20, "tie_word_embeddings": False},
+    ),
+    "qwen2_moe": (
+        transformers.Qwen2MoeConfig,
+        {
+            "num_experts": 5,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 64,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "qwen3_moe": (
+        transformers.Qwen3MoeConfig,
+        {
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 32,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [1],
+            "head_dim": 32,
+            "tie_word_embeddings": False,
+        },
+    ),
     "gemma2": (
         transformers.Gemma2Config,
         {"head_dim": 32, "query_pre_attn_scalar": 24, "sliding_window": 20, "final_logit_softcapping": 5.0}
@@ -89,6 +115,8 @@ TINY_MODELS: dict[str, tuple[type, dict[str, Any]]] = {
     "smollm3": (transformers.SmolLM3Config, {"no_rope_layers": [1, 0, 1], "tie_word_embeddings": True}),
 }
 
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
+
 
 _QUICK = ("llama-untied-biased", "gemma3_text", "phi3", "olmo2", "granite")
 
@@ -124,6 +152,13 @@ def load_reference(directory: Path) -> torch.nn.Module:
         directory, dtype=torch.float32, attn_implementation="eager"
     )
     return model.eval()
+
+
+def layer_tensors(directory: Path, index: int) -> dict[str, torch.Tensor]:
+    """A layer's tensors as an unsharded checkpoint has them, under names relative to the layer."""
+    prefix = f"model.layers.{index}."
+    tensors = load_file(directory / "model.safetensors")
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 @torch.no_grad()

@@ -89,6 +89,18 @@ class Program:
         packed: _Packed,
         dense: Tensor | None,
     ) -> None: ...
+    def moe(
+        self,
+        router: Sequence[PackedLinear],
+        router_inputs: Sequence[Tensor],
+        inputs: _Packed,
+        experts: Sequence[tuple[Sequence[PackedLinear], PackedLinear]],
+        num_active: int,
+        renormalize: bool,
+        shared: bool,
+        activation: str,
+        y: Tensor,
+    ) -> None: ...
     def rope_and_store(
         self,
         qkv: Tensor,
@@ -119,6 +131,8 @@ class Program:
     def run_batch(self) -> int: ...
     def run(self, num_tokens: int, num_sequences: int = 0, num_rows: int = 0) -> None: ...
     profiling: bool
+    @property
+    def num_experts_read(self) -> int: ...
     @property
     def seconds_by_kind(self) -> dict[str, float]: ...
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.gpu import attention, fused, sampling
+from kernels.gpu import attention, fused, moe, sampling
 from kernels.gpu.case import Case, chip_of, dtypes_of, launches, meta
 from kernels.gpu.tuning import Chip, attention_config, dense_tile
 
@@ -136,7 +136,13 @@ def _elementwise(chip: Chip, dtype: torch.dtype) -> dict[str, Callable[[], Any]]
         bias = single(1024) if has_bias else None
         fused.dense(half(64, 4096), half(1024, 4096), bias, meta(64, 1024, dtype=out_dtype), *dense_tile(chip))
 
+    def combine(is_shared: bool) -> None:
+        shared = half(16, 4096) if is_shared else None
+        moe.combine(half(32, 4096), shared, single(16, 3 if is_shared else 2), half(16, 4096))
+
     return {
+        "moe_combine": lambda: combine(False),
+        "moe_combine, shared": lambda: combine(True),
         "embed": lambda: fused.embed(whole(16), half(1000, 4096), 1.0, half(16, 4096)),
         "gather_rows": lambda: fused.gather_rows(half(16, 4096), whole(16), whole(3), half(16, 4096)),
         "gather_rows, fp32": lambda: fused.gather_rows(single(16, 4096), whole(16), whole(3), single(16, 4096)),
@@ -167,7 +173,7 @@ def _elementwise(chip: Chip, dtype: torch.dtype) -> dict[str, Callable[[], Any]]
 
 
 def _after() -> dict[str, Callable[[], Any]]:
-    """What becomes of the logits, which are fp32 whatever the activations are."""
+    """What becomes of logits, which are fp32 whatever the activations are: the routers' too."""
 
     def single(*shape: int) -> Tensor:
         return meta(*shape, dtype=torch.float32)
@@ -182,6 +188,10 @@ def _after() -> dict[str, Callable[[], Any]]:
 
     long = meta(64, dtype=torch.int64)
     return {
+        "moe_route": lambda: moe.route(single(64, 8), whole(64, 2), single(64, 2), True),
+        "moe_route, shared": lambda: moe.route(single(64, 61), whole(64, 4), single(64, 5), False),
+        "moe_route, shared, of the active": lambda: moe.route(single(64, 61), whole(64, 4), single(64, 5), True),
+        "moe_route, 8 of 128": lambda: moe.route(single(64, 128), whole(64, 8), single(64, 8), False),
         "soft_cap": lambda: fused.soft_cap(single(16, 128256), 30.0),
         "sample": lambda: sampling.sample(
             single(64, 128256), single(64), whole(64), single(64), single(64), long, long, whole(2, 64)

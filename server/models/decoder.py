@@ -21,12 +21,13 @@ from kernels.backend import (
 )
 from kernels.batch import ForwardBatch
 from server.model_config import ModelConfig
+from server.models.mlp import Mlp
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderLayer:
-    """One layer's prepared weights. Norms are fp32 [hidden], None where the architecture has none there; q, k, v and gate, up are
-    fused along their outputs."""
+    """One layer's prepared weights. Norms are fp32 [hidden], None where the architecture has none there; q, k, v are fused along
+    their outputs."""
 
     input_norm: Tensor | None
     qkv: PreparedLinear
@@ -34,15 +35,14 @@ class DecoderLayer:
     o: PreparedLinear
     attention_output_norm: Tensor | None
     mlp_input_norm: Tensor | None
-    gate_up: PreparedLinear
-    down: PreparedLinear
+    mlp: Mlp
     mlp_output_norm: Tensor | None
     sliding_window: int | None
     rotary: RotaryTable | None
 
     @property
     def nbytes(self) -> int:
-        return sum(linear.nbytes for linear in (self.qkv, self.o, self.gate_up, self.down))
+        return self.qkv.nbytes + self.o.nbytes + self.mlp.nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +71,7 @@ class Decoder:
         self.backend = backend
         self.weights = weights
         self.attention_shape = AttentionShape(config.num_heads, config.num_kv_heads, config.head_dim)
+        self.activation = cast(Activation, config.activation)
         self.unit_offset = config.architecture.unit_offset_norms
         self.embedding_scale = config.scales.embedding / config.scales.residual
         self.norm_eps = config.rms_norm_eps / config.scales.residual**2
@@ -88,9 +89,9 @@ class Decoder:
                 attended, residual = backend.pick_rows(attended, residual, batch, for_linear=layer.o)
             x = backend.linear(attended, layer.o)
             hidden, residual = self._add_norm(
-                x, residual, layer.attention_output_norm, layer.mlp_input_norm, layer.gate_up
+                x, residual, layer.attention_output_norm, layer.mlp_input_norm, layer.mlp.reader
             )
-            x = self._mlp(layer, hidden)
+            x = layer.mlp.forward(backend, hidden, self.activation)
             norm = following.input_norm if following else self.weights.final_norm
             reader = following.qkv if following else self.weights.head
             hidden, residual = self._add_norm(x, residual, layer.mlp_output_norm, norm, reader)
@@ -123,8 +124,3 @@ class Decoder:
             scales.attention_soft_cap,
             for_linear=for_linear,
         )
-
-    def _mlp(self, layer: DecoderLayer, hidden: LinearInput) -> Tensor:
-        activation = cast(Activation, self.config.activation)
-        gated = self.backend.gated_linear(hidden, layer.gate_up, activation, for_linear=layer.down)
-        return self.backend.linear(gated, layer.down)

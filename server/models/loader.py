@@ -16,6 +16,8 @@ from server.model_config import ModelConfig, ModelError
 from server.models.checkpoint import Checkpoint
 from server.models.decoder import Decoder, DecoderLayer, DecoderWeights
 from server.models.formats import check_module, is_quantized, read_module
+from server.models.mixture import mixture_linears, prepare_mixture
+from server.models.mlp import DenseMlp, MixtureMlp, Mlp
 from server.models.rotary import rotary_table
 
 logger = logging.getLogger(__name__)
@@ -90,12 +92,18 @@ class _Reader:
             o=linear(_O),
             attention_output_norm=norm(norms.attention_output),
             mlp_input_norm=norm(norms.mlp_input),
-            gate_up=linear(*architecture.gate_up),
-            down=linear(_DOWN),
+            mlp=self.mlp(prefix, index),
             mlp_output_norm=norm(norms.mlp_output),
             sliding_window=self.config.sliding_windows[index],
             rotary=self.rotary[id(rope)] if rope is not None else None,
         )
+
+    def mlp(self, prefix: str, index: int) -> Mlp:
+        mixture = self.config.mixture
+        if mixture is not None and index in mixture.layers:
+            return MixtureMlp(prepare_mixture(self.backend, mixture, prefix, self.weight))
+        gate_up = self.linear([f"{prefix}.{module}" for module in self.config.architecture.gate_up])
+        return DenseMlp(gate_up, self.linear([f"{prefix}.{_DOWN}"]))
 
     def norm(self, name: str) -> Tensor:
         return self.backend.prepare_norm(self.checkpoint.read(f"{name}.weight"))
@@ -184,6 +192,10 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
             dense(f"{prefix}.{norm}.weight", (width,))
         fused(prefix, architecture.qkv, (q_size, kv_size, kv_size), config.qkv_bias)
         linear(f"{prefix}.{_O}", hidden, q_size, config.o_bias)
+        if config.mixture is not None and index in config.mixture.layers:
+            for module, (out_features, in_features) in mixture_linears(config.mixture, prefix, hidden).items():
+                linear(module, out_features, in_features, bias=False)
+            continue
         fused(prefix, architecture.gate_up, (inner, inner), config.mlp_bias)
         linear(f"{prefix}.{_DOWN}", hidden, inner, config.mlp_bias)
     surplus = sorted(name for name in checkpoint.tensors.keys() - expected if not name.endswith(_IGNORED_SUFFIXES))

@@ -55,9 +55,8 @@ def modes(start: Launch) -> Iterator[tuple[Any, ...]]:
         yield (name, kinds["x_ptr"], kinds["out_ptr"])
         yield (name, kinds["bias_ptr"], kinds["out_ptr"] == torch.float32)
     else:
-        switches = {
-            key: constants[key] for key in ("GELU", "UNIT_OFFSET", "NORM_ALL_HEADS", "WINDOW") if key in constants
-        }
+        names = ("GELU", "UNIT_OFFSET", "NORM_ALL_HEADS", "WINDOW", "RENORMALIZE", "SHARED")
+        switches = {key: constants[key] for key in names if key in constants}
         if name == "rope_and_store_kernel" and given["q_norm_ptr"] is None:
             switches = {}  # of the norm
         yield (name, *kinds.items(), *switches.items())
@@ -113,6 +112,15 @@ def test_every_launch_of_the_engine_is_a_case(
     is_wide: bool, options: dict[str, Any], checkpoint: Path, wide_checkpoint: Path, device: FakeCudaDevice
 ) -> None:
     launched = launched_modes(wide_checkpoint if is_wide else checkpoint, device, **options)
+    assert_known(launched, compiled_modes("sm_90"))
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_invariant": True, "dtype": "bfloat16"}], ids=str)
+def test_every_launch_of_a_mixture_is_a_case(
+    options: dict[str, Any], mixture_checkpoint: Path, device: FakeCudaDevice
+) -> None:
+    launched = launched_modes(mixture_checkpoint, device, **options)
+    assert {"route_kernel", "combine_kernel"} <= {mode[0] for mode in launched}
     assert_known(launched, compiled_modes("sm_90"))
 
 

@@ -9,7 +9,8 @@ import torch
 
 from quantizer.folding import fold, shared_channels
 from quantizer.mappings import Fold, find_architecture
-from tests.tiny_models import TINY_MODELS, load_reference, make_tiny_model, reference_logits
+from quantizer.mixtures import loaded_tensors
+from tests.tiny_models import TINY_MODELS, layer_tensors, load_reference, make_tiny_model, reference_logits
 
 
 def _random_scales(channels: int, shared: torch.Tensor | None) -> torch.Tensor:
@@ -19,21 +20,25 @@ def _random_scales(channels: int, shared: torch.Tensor | None) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", TINY_MODELS)
 def test_folded_model_computes_the_same(kind: str, tmp_path: Path) -> None:
-    model = load_reference(make_tiny_model(tmp_path, kind))
+    """Which experts a token gets included: a router reads the same folded norm as its experts."""
+    directory = make_tiny_model(tmp_path, kind)
+    model = load_reference(directory)
     tokens = torch.randint(3, 320, (48,), generator=torch.Generator().manual_seed(1)).tolist()
     expected = reference_logits(model, tokens)
     architecture = find_architecture(model.config)
     torch.manual_seed(0)
-    for layer in model.model.layers:
-        tensors = dict(layer.state_dict())
-        for group in architecture.groups:
+    for index, layer in enumerate(model.model.layers):
+        tensors = layer_tensors(directory, index)
+        before = dict(tensors)
+        for group in architecture.layer_groups(model.config, index):
             shared = shared_channels(model.config, group)
             channels = tensors[f"{group.linears[0]}.weight"].shape[1]
             used, _ = fold(tensors, group, _random_scales(channels, shared), torch.float32, model.config)
             assert (used == 1).all() == (group.fold is Fold.NONE)
-        before = layer.state_dict()["self_attn.o_proj.weight"].clone()
-        layer.load_state_dict(tensors, assign=True)
-        assert not torch.allclose(before, layer.self_attn.o_proj.weight)
+        folded = [group for group in architecture.layer_groups(model.config, index) if group.fold is not Fold.NONE]
+        for linear in (linear for group in folded for linear in group.linears):
+            assert not torch.allclose(before[f"{linear}.weight"], tensors[f"{linear}.weight"])
+        layer.load_state_dict(loaded_tensors(architecture, tensors), assign=True)
     actual = reference_logits(model, tokens)
     assert (actual - expected).norm() / expected.norm() < 1e-4
 

@@ -11,6 +11,7 @@
 
 #include "linear.h"
 #include "machine.h"
+#include "moe.h"
 #include "program.h"
 #include "sampling.h"
 
@@ -299,6 +300,11 @@ void add_linear(Program& program, const std::vector<std::shared_ptr<PackedLinear
   add_op(program, std::move(op), size_of(y, 0));
 }
 
+Activation activation_of(const std::string& name) {
+  if (name != "silu" && name != "gelu_tanh") value_error("activation: expected silu or gelu_tanh, found " + name);
+  return name == "silu" ? Activation::kSilu : Activation::kGeluTanh;
+}
+
 void add_gated_linear(Program& program, const std::vector<std::shared_ptr<PackedLinear>>& weights, const std::vector<Array>& inputs,
                       const Array& gate_up, const std::string& activation, const Outputs& packed, const std::optional<Array>& dense) {
   const int64_t rows = size_of(gate_up, 0);
@@ -307,12 +313,54 @@ void add_gated_linear(Program& program, const std::vector<std::shared_ptr<Packed
   ActivationOp& act = op->activation;
   act.gate_up = floats("gate_up", gate_up, {-1, total_columns(op->parts)});
   check_multiple("gate_up: columns", size_of(gate_up, 1), 16);
-  if (activation != "silu" && activation != "gelu_tanh")
-    value_error("activation: expected silu or gelu_tanh, found " + activation);
-  act.activation = activation == "silu" ? Activation::kSilu : Activation::kGeluTanh;
+  act.activation = activation_of(activation);
   act.out = row_output(packed, dense, rows, size_of(gate_up, 1) / 2);
   op->unit_columns = gated_unit_columns(op->parts, op->activation.out);
   program.require_scratch(std::max(kTileRows * op->activation.out.width, kGatedRows * 2 * op->unit_columns));
+  add_op(program, std::move(op), rows);
+}
+
+using Weights = std::vector<std::shared_ptr<PackedLinear>>;
+
+// inputs: all tokens' rows in every layout that an expert's gate_up reads. experts: the parts of gate_up, and down.
+void add_moe(Program& program, const Weights& router, const std::vector<Array>& router_inputs, const Outputs& inputs,
+             const std::vector<std::pair<Weights, std::shared_ptr<PackedLinear>>>& experts, int64_t num_active, bool renormalize,
+             bool shared, const std::string& activation, const Array& y) {
+  const int64_t rows = size_of(y, 0), num_experts = static_cast<int64_t>(experts.size()), routed = num_experts - (shared ? 1 : 0);
+  if (num_active < 1 || num_active > routed)
+    value_error("num_active: expected 1.." + std::to_string(routed) + " experts, found " + std::to_string(num_active));
+  auto op = std::make_unique<MoeOp>();
+  op->num_active = num_active;
+  op->renormalize = renormalize;
+  op->shared = shared;
+  op->activation = activation_of(activation);
+  op->out_width = size_of(y, 1);
+  op->y = floats("y", y, {-1, -1});
+  op->router = linear_parts(router, router_inputs, rows);
+  if (total_columns(op->router) != num_experts)
+    value_error("router: expected " + std::to_string(num_experts) + " outputs, found " + std::to_string(total_columns(op->router)));
+  for (const auto& [layout, buffer] : inputs)
+    op->inputs.push_back({layout, static_cast<const uint8_t*>(packed_buffer("inputs", buffer, layout, rows))});
+  for (const auto& [gate_up, down] : experts) {
+    MoeExpert expert;
+    int64_t columns = 0;
+    for (const auto& weight : gate_up) {
+      const auto found = std::find_if(op->inputs.begin(), op->inputs.end(),
+                                      [&](const MoeOp::Input& input) { return input.layout == weight->activations; });
+      if (found == op->inputs.end()) value_error("inputs: none is in the layout that an expert takes");
+      expert.gate_up.push_back({weight.get(), found - op->inputs.begin(), columns});
+      columns += weight->out_features;
+    }
+    check_multiple("gate_up: columns", columns, 16);
+    expert.down = down.get();
+    expert.width = columns / 2;
+    if (down->in_features != expert.width || down->out_features != op->out_width)
+      value_error("down: expected [" + std::to_string(op->out_width) + ", " + std::to_string(expert.width) + "], found [" +
+                  std::to_string(down->out_features) + ", " + std::to_string(down->in_features) + "]");
+    op->experts.push_back(std::move(expert));
+  }
+  op->memory = reinterpret_cast<uint8_t*>(program.shared_rows(op->plan(rows)));
+  program.require_scratch(op->scratch_floats());
   add_op(program, std::move(op), rows);
 }
 
@@ -585,6 +633,8 @@ NB_MODULE(_native, m) {
       .def("linear", &add_linear, nb::arg("weights"), nb::arg("inputs"), nb::arg("y"))
       .def("gated_linear", &add_gated_linear, nb::arg("weights"), nb::arg("inputs"), nb::arg("gate_up"), nb::arg("activation"),
            nb::arg("packed"), nb::arg("dense").none())
+      .def("moe", &add_moe, nb::arg("router"), nb::arg("router_inputs"), nb::arg("inputs"), nb::arg("experts"), nb::arg("num_active"),
+           nb::arg("renormalize"), nb::arg("shared"), nb::arg("activation"), nb::arg("y"))
       .def("rope_and_store", &add_rope, nb::arg("qkv"), nb::arg("num_heads"), nb::arg("kv"), nb::arg("q_weight").none(),
            nb::arg("k_weight").none(), nb::arg("eps"), nb::arg("unit_offset"), nb::arg("cos").none(), nb::arg("sin").none(),
            nb::arg("q"))
@@ -607,6 +657,7 @@ NB_MODULE(_native, m) {
         program.run({num_tokens, num_sequences, num_rows});
       }, nb::arg("num_tokens"), nb::arg("num_sequences") = 0, nb::arg("num_rows") = 0)
       .def_rw("profiling", &Program::profiling)
+      .def_ro("num_experts_read", &Program::num_experts_read)
       .def_prop_ro("seconds_by_kind", [](const Program& program) {
         nb::dict result;
         for (const auto& [kind, seconds] : program.seconds_by_kind) result[kind.c_str()] = seconds;

@@ -103,7 +103,7 @@ void Program::run(const Counts& counts) {
     for (int i = 0; i < pool_->num_threads(); ++i) scratch_buffers_.emplace_back(scratch_floats_ * sizeof(float));
   }
   plans_.clear();
-  RunContext context{*pool_, current_ops(), batch_, counts, scratch_buffers_, plans_, partials_};
+  RunContext context{*pool_, current_ops(), batch_, counts, scratch_buffers_, plans_, partials_, num_experts_read};
   if (!profiling) {
     for (auto& op : ops_) op->run(context);
     return;

@@ -86,6 +86,7 @@ struct RunContext {
   std::vector<AlignedBuffer>& scratch_buffers;
   std::map<AttentionKey, AttentionPlan>& plans;
   AlignedBuffer& partials;
+  int64_t& num_experts_read;
 
   float* scratch(int thread) { return reinterpret_cast<float*>(scratch_buffers[thread].data()); }
   const AttentionPlan& attention_plan(const AttentionKey& key);
@@ -119,6 +120,7 @@ class Program {
   Limits limits;
   bool profiling = false;
   std::map<std::string, double> seconds_by_kind;  // while profiling
+  int64_t num_experts_read = 0;  // by all runs: an expert counts once for all tokens that a mixture computes at a time
 
  private:
   void check(const Counts& counts) const;

@@ -32,6 +32,8 @@ CASES = [
     ("qwen2", 128, torch.bfloat16, torch.float16, ("v_proj",)),
     ("qwen3", -1, torch.float32, torch.float16, ()),
     ("qwen3", 64, torch.float16, torch.float16, ("gate_proj",)),
+    ("mixtral", 32, torch.float16, torch.float16, ("experts.2.w1", "experts.3.")),
+    ("qwen2_moe", 32, torch.bfloat16, torch.float16, ("layers.1.mlp.shared_expert",)),
 ]
 
 
@@ -214,6 +216,42 @@ def test_wrong_configs_are_refused_by_field(awq: Path, values: dict, message: st
     edit_config(awq, **values)
     with pytest.raises((ModelError, FormatError), match=message):
         load(awq)
+
+
+WRONG_MIXTURES: list[tuple[str, dict, str]] = [
+    ("mixtral", {"num_experts_per_tok": 5}, "num_experts_per_tok 5 is more than the 4 experts"),
+    (
+        "mixtral",
+        {"num_local_experts": 5},
+        r"tensor model\.layers\.0\.block_sparse_moe\.gate\.weight: expected shape \[5",
+    ),
+    ("mixtral", {"num_local_experts": None}, "num_local_experts must be a positive integer, found None"),
+    ("qwen2_moe", {"moe_intermediate_size": 48}, r"experts\.0\.gate_proj\.weight: expected shape \[48, 64\]"),
+    ("qwen2_moe", {"model_type": "qwen3_moe"}, r"tensor model\.layers\.0\.self_attn\.q_norm\.weight is missing"),
+    ("qwen3_moe", {"mlp_only_layers": []}, r"tensor model\.layers\.1\.mlp\.gate\.weight is missing"),
+    ("qwen3_moe", {"decoder_sparse_step": 2}, r"tensor model\.layers\.0\.mlp\.gate_proj\.weight is missing"),
+]
+
+
+@pytest.mark.parametrize(("kind", "values", "message"), WRONG_MIXTURES)
+def test_mixtures_that_are_not_what_the_config_says_are_refused(
+    kind: str, values: dict, message: str, tmp_path: Path
+) -> None:
+    folder = make_tiny_model(tmp_path, kind)
+    edit_config(folder, **values)
+    with pytest.raises(ModelError, match=message):
+        load(folder)
+
+
+def test_an_expert_too_many_or_too_few_is_refused(tmp_path: Path) -> None:
+    folder = make_tiny_model(tmp_path, "mixtral")
+    name = "model.layers.1.block_sparse_moe.experts.{}.w2.weight"
+    edit_tensors(folder, lambda tensors: tensors.update({name.format(4): tensors[name.format(3)].clone()}))
+    with pytest.raises(ModelError, match=r"a mixtral model has no tensor .*experts\.4\.w2\.weight"):
+        load(folder)
+    edit_tensors(folder, lambda tensors: [tensors.pop(name.format(index)) for index in (3, 4)])
+    with pytest.raises(ModelError, match=r"experts\.3\.w2\.weight is missing"):
+        load(folder)
 
 
 def test_older_autoawq_config_file(awq: Path) -> None:
