@@ -13,7 +13,7 @@ from pydantic.json_schema import models_json_schema
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from server.api import chat, completions, messages, ops, responses_api, tokenize
+from server.api import chat, completions, messages, ops, page, responses_api, tokenize
 from server.api.context import ApiContext
 from server.api.errors import HANDLERS
 from server.api.messages_schemas import CountTokensRequest, MessagesRequest
@@ -84,6 +84,7 @@ def create_app(context: ApiContext) -> FastAPI:
             openapi_extra=extra,
             responses=_responses(answers),
             response_model=None,
+            include_in_schema=handler not in (page.index, page.static_file),  # for browsers
         )
 
     route("POST", "/v1/completions", completions.create_completion, CompletionRequest, Completion, Completion)
@@ -100,6 +101,8 @@ def create_app(context: ApiContext) -> FastAPI:
     route("GET", "/ready", ops.health)
     route("GET", "/metrics", ops.metrics)
     route("GET", "/version", ops.version)
+    route("GET", "/", page.index)
+    route("GET", "/static/{name}", page.static_file)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 
