@@ -144,7 +144,9 @@ def test_errors_colours_and_names_in_a_browser() -> None:
         message.press("Enter")
         page.get_by_role("alert").get_by_text("chat template").wait_for()
         assert message.input_value() == "hello" and page.locator("article").count() == 0
-        unnamed = "[...document.querySelectorAll('input, textarea, button')].filter(e => !e.labels.length && !e.textContent)"
+        unnamed = (
+            "[...document.querySelectorAll('input, textarea, button')].filter(e => !e.labels.length && !e.textContent)"
+        )
         assert page.evaluate(f"{unnamed}.map(e => e.id)") == []
         page.set_viewport_size({"width": 360, "height": 700})
         assert page.evaluate("document.documentElement.scrollWidth") <= 360
