@@ -66,17 +66,18 @@ class Decoder:
         self.attention_shape = AttentionShape(config.num_heads, config.num_kv_heads, config.head_dim)
         self.attention_scale = config.head_dim**-0.5
 
-    def forward(self, batch: ForwardBatch, kv: Sequence[KVCache]) -> Tensor:
-        """Logits, fp32 [batch.num_rows, vocabulary], of the rows that the batch selects; writes the batch's keys and values."""
+    def forward(self, batch: ForwardBatch, kv: Sequence[KVCache], to_logits: bool = True) -> Tensor:
+        """Logits, fp32 [batch.num_rows, vocabulary], of the rows that the batch selects; writes the batch's keys and values.
+        Without `to_logits`: what the head would read, [batch.num_tokens, hidden], of every token."""
         backend, eps = self.backend, self.config.rms_norm_eps
-        layers = self.weights.layers
+        layers, head = self.weights.layers, self.weights.head if to_logits else None
         x = backend.embed(batch, self.weights.embedding)
         hidden, residual = backend.add_rms_norm(x, None, layers[0].input_norm, eps, for_linear=layers[0].qkv)
         for index, layer in enumerate(layers):
             is_last = index + 1 == len(layers)
             following = None if is_last else layers[index + 1]
             attended = self._attention(layer, hidden, batch, kv[index], for_linear=None if is_last else layer.o)
-            if is_last:  # from here on only the rows count whose logits are wanted
+            if is_last and to_logits:  # from here on only the rows count whose logits are wanted
                 attended, residual = backend.pick_rows(attended, residual, batch, for_linear=layer.o)
             x = backend.linear(attended, layer.o)
             hidden, residual = backend.add_rms_norm(
@@ -85,9 +86,9 @@ class Decoder:
             x = self._mlp(layer, hidden)
             norm = following.input_norm if following else self.weights.final_norm
             hidden, residual = backend.add_rms_norm(
-                x, residual, norm, eps, for_linear=following.qkv if following else self.weights.head
+                x, residual, norm, eps, for_linear=following.qkv if following else head
             )
-        return backend.logits(hidden, self.weights.head)
+        return hidden.dense() if head is None else backend.logits(hidden, head)
 
     def _attention(
         self,
