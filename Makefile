@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 # CPU torch where the index has one; `pip install torch` elsewhere. Override to choose a CUDA build.
 TORCH ?= torch>=2.11,<2.14
 
-.PHONY: serve test check sanitize lint bench test-gpu bench-gpu check-gpu clean
+.PHONY: serve test check sanitize lint bench test-gpu bench-gpu check-gpu models-page clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV) || { echo "python3-venv is missing: apt-get install python3-venv"; exit 1; }
@@ -52,6 +52,10 @@ bench-gpu: $(STAMP)
 # Compiles every GPU kernel without a GPU and writes the tables of docs/gpu-kernels.md.
 check-gpu: $(STAMP)
 	$(BIN)/python -m kernels.gpu.check --write docs/gpu-kernels.md
+
+# Writes the table of docs/models.md.
+models-page: $(STAMP)
+	$(BIN)/python docs/supported_models.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

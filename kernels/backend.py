@@ -7,7 +7,7 @@ buffers, at fixed addresses, the row counts included, so that one recording of a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -52,7 +52,8 @@ class RotaryTable:
 
 @dataclass(frozen=True, slots=True)
 class QKNorm:
-    """RMSNorm over each query and key head before rotation. Weights fp32 [head_dim]."""
+    """RMSNorm of queries and keys before rotation: over each head with weights fp32 [head_dim], or over all heads of a token
+    together with weights [q_size] and [kv_size]."""
 
     q_weight: Tensor
     k_weight: Tensor
@@ -83,6 +84,36 @@ class PreparedLinear(Protocol):
 
     @property
     def nbytes(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertWeights:
+    """One expert of a mixture: gate and up [I, K] as `prepare_linear` fuses them, in that order, and down [N, I]."""
+
+    gate_up: Sequence[AwqWeight | DenseWeight]
+    down: AwqWeight | DenseWeight
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """Which experts compute a token: those with the `num_active` largest router logits, weighted by the softmax over all
+    experts' logits; with `renormalize`, by that softmax over its sum for the active ones.
+
+    With `shared`, the router's last output is no expert's share: the last expert computes every token and is weighted by the
+    sigmoid of that output.
+    """
+
+    num_active: int
+    renormalize: bool
+    shared: bool = False
+
+
+class PreparedExperts(PreparedLinear, Protocol):
+    """A mixture's router and experts. As an input's `for_linear` it stands for all linears that read the input."""
+
+    @property
+    def expert_nbytes(self) -> Sequence[int]:
+        """Bytes of each expert, in order: what a token reads of those that compute it."""
 
 
 class PreparedEmbedding(Protocol):
@@ -158,6 +189,12 @@ class Backend(Protocol):
     def prepare_linear(self, weights: Sequence[AwqWeight | DenseWeight], bias: Tensor | None) -> PreparedLinear:
         """Fuses `weights` along N in the order given. bias: [sum of N] or None."""
 
+    def prepare_experts(
+        self, router: DenseWeight, experts: Iterable[ExpertWeights], routing: Routing
+    ) -> PreparedExperts:
+        """router: [experts, K]. `experts` is read once, so that no more than one need be in memory as it was on disk; all but a
+        shared one have one intermediate size."""
+
     def prepare_embedding(self, weight: DenseWeight) -> PreparedEmbedding: ...
 
     def prepare_head(self, weight: DenseWeight | AwqWeight) -> PreparedLinear:
@@ -195,18 +232,23 @@ class Backend(Protocol):
         """What `forward` returns, its ops run as they are called, on what `fill` wrote: for passes too rare to record. Its buffers
         are made anew."""
 
-    def embed(self, batch: ForwardBatch, embedding: PreparedEmbedding) -> Tensor: ...
+    def embed(self, batch: ForwardBatch, embedding: PreparedEmbedding, scale: float = 1.0) -> Tensor:
+        """The tokens' rows of the table, times `scale`."""
 
     def add_rms_norm(
         self,
         x: Tensor,
         residual: Tensor | None,
-        weight: Tensor,
+        weight: Tensor | None,
         eps: float,
         unit_offset: bool = False,
         for_linear: PreparedLinear | None = None,
+        x_weight: Tensor | None = None,
     ) -> tuple[LinearInput, Tensor]:
-        """(norm(x + residual) * weight, x + residual); `unit_offset` multiplies by 1 + weight. residual None counts as 0."""
+        """(norm(total) * weight, total), with total = x + residual, or norm(x) * x_weight + residual where that is given.
+
+        `unit_offset` multiplies by 1 + weight, both times. weight None: total itself. residual None counts as 0.
+        """
 
     def linear(self, x: LinearInput, weight: PreparedLinear) -> Tensor: ...
 
@@ -241,6 +283,10 @@ class Backend(Protocol):
     ) -> LinearInput:
         """activation(gate) * up, [num_tokens, I], of a linear with the gates' I outputs first and then the ups'. One op, so that a
         back end need not write out what is between."""
+
+    def moe(self, x: LinearInput, experts: PreparedExperts, activation: Activation) -> Tensor:
+        """[num_tokens, N]: the weighted sum of down(activation(gate) * up) over the experts that `Routing` says, added up from the
+        largest router logit down (of equal ones the lower index first), the shared expert last."""
 
     def pick_rows(
         self, x: LinearInput, residual: Tensor, batch: ForwardBatch, for_linear: PreparedLinear | None = None

@@ -40,11 +40,16 @@ def pack_int4(values: Tensor) -> Tensor:
 
     values: integers 0..15, [rows, N] with N a multiple of 8. Returns int32 [rows, N/8].
     """
-    rows, columns = values.shape
+    columns = values.shape[1]
     if columns % PACK_FACTOR:
         raise FormatError(f"cannot pack {columns} columns: not a multiple of {PACK_FACTOR}")
     if values.numel() and (int(values.min()) < 0 or int(values.max()) > 15):
         raise FormatError(f"cannot pack values outside 0..15: found {int(values.min())}..{int(values.max())}")
+    return _pack_words(values)
+
+
+def _pack_words(values: Tensor) -> Tensor:
+    rows, columns = values.shape
     nibbles = values.reshape(rows, columns // PACK_FACTOR, PACK_FACTOR)[..., list(NIBBLE_COLUMNS)].to(torch.uint8)
     low, high = nibbles[..., 0::2], nibbles[..., 1::2]
     # Little-endian bytes of the word: byte b holds nibbles 2b (low half) and 2b + 1 (high half).
@@ -74,6 +79,10 @@ class DenseWeight:
     @property
     def out_features(self) -> int:
         return self.weight.shape[0]
+
+    def select_outputs(self, order: Tensor) -> DenseWeight:
+        """The outputs in another order. order: int64 [N], each output once."""
+        return DenseWeight(self.name, self.weight[order])
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +145,11 @@ class AwqWeight:
         centred = q.reshape(groups, group_size, columns).float() - z.reshape(groups, 1, columns).float()
         weight = centred * self.scales.reshape(groups, 1, columns).float()
         return weight.reshape(self.in_features, columns).t().contiguous().to(dtype)
+
+    def select_outputs(self, order: Tensor) -> AwqWeight:
+        """The outputs in another order. order: int64 [N], each output once."""
+        q, z = (_pack_words(values[:, order]) for values in self.unpack())
+        return AwqWeight(self.name, q, z, self.scales[:, order].contiguous(), self.group_size)
 
     def shard(self, dim: int, rank: int, world: int) -> AwqWeight:
         """The `rank`-th of `world` equal parts: dim 0 splits outputs (N), dim 1 inputs (K).

@@ -7,7 +7,7 @@ attention sums in an order fixed by position.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,13 +18,16 @@ from kernels.backend import (
     Activation,
     AttentionShape,
     BackendOptions,
+    ExpertWeights,
     KVCache,
     KVCacheSpec,
     LinearInput,
     PreparedEmbedding,
+    PreparedExperts,
     PreparedLinear,
     QKNorm,
     RotaryTable,
+    Routing,
     SampledRows,
 )
 from kernels.batch import ForwardBatch, SamplingBatch
@@ -76,6 +79,31 @@ class DenseLinear:
 
 
 @dataclass(frozen=True, slots=True)
+class DenseExperts:
+    """A mixture in fp32: the router, and each expert's gate_up and down."""
+
+    router: DenseLinear
+    experts: list[tuple[DenseLinear, DenseLinear]]
+    routing: Routing
+
+    @property
+    def in_features(self) -> int:
+        return self.router.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.experts[0][1].out_features
+
+    @property
+    def expert_nbytes(self) -> list[int]:
+        return [gate_up.nbytes + down.nbytes for gate_up, down in self.experts]
+
+    @property
+    def nbytes(self) -> int:
+        return self.router.nbytes + sum(self.expert_nbytes)
+
+
+@dataclass(frozen=True, slots=True)
 class DenseEmbedding:
     weight: Tensor  # fp32 [vocabulary, hidden]
 
@@ -118,13 +146,19 @@ class ReferenceBackend(HostBackend):
             raise ValueError(f"kv_cache_dtype {options.kv_cache_dtype!r}: the reference back end keeps it in float32")
         if options.num_threads:
             torch.set_num_threads(options.num_threads)
-        self._work: tuple[tuple[ForwardBatch, int, int | None], list[AttentionWork]] | None = None
+        self._work: tuple[ForwardBatch, int, dict[int | None, list[AttentionWork]]] | None = None
 
     # Preparation.
     def prepare_linear(self, weights: Sequence[AwqWeight | DenseWeight], bias: Tensor | None) -> DenseLinear:
         parts = [w.dequantize() if isinstance(w, AwqWeight) else w.weight.float() for w in weights]
         weight = torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
         return DenseLinear(weight, bias.float() if bias is not None else None)
+
+    def prepare_experts(self, router: DenseWeight, experts: Iterable[ExpertWeights], routing: Routing) -> DenseExperts:
+        prepared = [
+            (self.prepare_linear(expert.gate_up, None), self.prepare_linear([expert.down], None)) for expert in experts
+        ]
+        return DenseExperts(self.prepare_linear([router], None), prepared, routing)
 
     def prepare_embedding(self, weight: DenseWeight) -> DenseEmbedding:
         return DenseEmbedding(weight.weight.float())
@@ -160,21 +194,23 @@ class ReferenceBackend(HostBackend):
     def record(self, forward: Callable[[], Tensor], batch: ForwardBatch) -> EagerProgram:
         return EagerProgram(forward)
 
-    def embed(self, batch: ForwardBatch, embedding: PreparedEmbedding) -> Tensor:
+    def embed(self, batch: ForwardBatch, embedding: PreparedEmbedding, scale: float = 1.0) -> Tensor:
         assert isinstance(embedding, DenseEmbedding)
-        return embedding.weight[batch.input_ids[: batch.num_tokens].long()]
+        return embedding.weight[batch.input_ids[: batch.num_tokens].long()] * scale
 
     def add_rms_norm(
         self,
         x: Tensor,
         residual: Tensor | None,
-        weight: Tensor,
+        weight: Tensor | None,
         eps: float,
         unit_offset: bool = False,
         for_linear: PreparedLinear | None = None,
+        x_weight: Tensor | None = None,
     ) -> tuple[DenseInput, Tensor]:
-        total = x if residual is None else x + residual
-        return DenseInput(rms_norm(total, weight, eps, unit_offset)), total
+        term = x if x_weight is None else rms_norm(x, x_weight, eps, unit_offset)
+        total = term if residual is None else term + residual
+        return DenseInput(total if weight is None else rms_norm(total, weight, eps, unit_offset)), total
 
     def linear(self, x: LinearInput, weight: PreparedLinear) -> Tensor:
         assert isinstance(weight, DenseLinear)
@@ -191,11 +227,11 @@ class ReferenceBackend(HostBackend):
     ) -> Tensor:
         assert isinstance(kv, DenseKVCache)
         q, k, v = qkv.split((shape.q_size, shape.kv_size, shape.kv_size), dim=-1)
+        if qk_norm is not None:
+            q = _norm_spans(q, qk_norm.q_weight, qk_norm)
+            k = _norm_spans(k, qk_norm.k_weight, qk_norm)
         q = q.unflatten(-1, (shape.num_heads, shape.head_dim))
         k = k.unflatten(-1, (shape.num_kv_heads, shape.head_dim))
-        if qk_norm is not None:
-            q = rms_norm(q, qk_norm.q_weight, qk_norm.eps, qk_norm.unit_offset)
-            k = rms_norm(k, qk_norm.k_weight, qk_norm.eps, qk_norm.unit_offset)
         if rotary is not None:
             positions = batch.positions[: batch.num_tokens].long()
             q, k = rotate(q, rotary, positions), rotate(k, rotary, positions)
@@ -226,11 +262,13 @@ class ReferenceBackend(HostBackend):
     def _attention_work(
         self, batch: ForwardBatch, shape: AttentionShape, block_size: int, window: int | None
     ) -> list[AttentionWork]:
-        """The step's attention in pieces, made once for all layers of a kind."""
-        key = (batch, batch.generation, window)
-        if self._work is None or self._work[0][0] is not batch or self._work[0][1:] != key[1:]:
-            self._work = key, plan_attention(batch, shape, block_size, window)
-        return self._work[1]
+        """The step's attention in pieces, made once for all layers of one window."""
+        if self._work is None or self._work[0] is not batch or self._work[1] != batch.generation:
+            self._work = batch, batch.generation, {}
+        by_window = self._work[2]
+        if window not in by_window:
+            by_window[window] = plan_attention(batch, shape, block_size, window)
+        return by_window[window]
 
     def gated_linear(
         self, x: LinearInput, gate_up: PreparedLinear, activation: Activation, for_linear: PreparedLinear | None = None
@@ -242,6 +280,20 @@ class ReferenceBackend(HostBackend):
         if activation == "silu":
             return DenseInput(torch.nn.functional.silu(gate) * up)
         return DenseInput(torch.nn.functional.gelu(gate, approximate="tanh") * up)
+
+    def moe(self, x: LinearInput, experts: PreparedExperts, activation: Activation) -> Tensor:
+        assert isinstance(experts, DenseExperts)
+        rows = x.dense()
+        chosen, weights = route(experts.router(rows), experts.routing)
+        outputs = torch.zeros(*chosen.shape, experts.out_features)  # of each token's experts, in their order
+        for index, (gate_up, down) in enumerate(experts.experts):
+            tokens, places = (chosen == index).nonzero(as_tuple=True)
+            if len(tokens):
+                outputs[tokens, places] = down(self.act_and_mul(gate_up(rows[tokens]), activation).tensor)
+        total = outputs[:, 0] * weights[:, :1]
+        for place in range(1, chosen.shape[1]):
+            total = total + outputs[:, place] * weights[:, place, None]
+        return total
 
     def pick_rows(
         self, x: LinearInput, residual: Tensor, batch: ForwardBatch, for_linear: PreparedLinear | None = None
@@ -270,10 +322,27 @@ class ReferenceBackend(HostBackend):
         return SampledRows(torch.where(temperature[:, 0] > 0, sampled, greedy).int(), finite)
 
 
+def route(logits: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+    """The experts of each token and their weights, both [rows, active], in the order of `Backend.moe`."""
+    shared = logits[:, -1:].sigmoid() if routing.shared else logits[:, :0]
+    logits = logits[:, :-1] if routing.shared else logits
+    chosen = logits.sort(dim=-1, descending=True, stable=True).indices[:, : routing.num_active]
+    weights = logits.softmax(-1).gather(-1, chosen)
+    if routing.renormalize:
+        weights = weights / weights.sum(-1, keepdim=True)
+    last = torch.full_like(shared, logits.shape[1], dtype=torch.long)
+    return torch.cat((chosen, last), dim=-1), torch.cat((weights, shared), dim=-1)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> Tensor:
     """RMSNorm over the last dimension (arXiv 1910.07467); `unit_offset` multiplies by 1 + weight."""
     normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     return normed * (1.0 + weight if unit_offset else weight)
+
+
+def _norm_spans(x: Tensor, weight: Tensor, norm: QKNorm) -> Tensor:
+    """RMSNorm of x [num_tokens, width] over as many channels at a time as the weight has."""
+    return rms_norm(x.unflatten(-1, (-1, weight.shape[0])), weight, norm.eps, norm.unit_offset).flatten(1)
 
 
 def rotate(x: Tensor, rotary: RotaryTable, positions: Tensor) -> Tensor:

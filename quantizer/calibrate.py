@@ -7,7 +7,7 @@ import copy
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,8 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from quantizer.config import QuantizeError
 from quantizer.documents import read_documents
-from quantizer.mappings import Architecture
+from quantizer.mappings import Architecture, ScaleGroup, attention_implementation
+from quantizer.mixtures import down_input, loaded_tensors
 from quantizer.prose import PROSE
 
 BATCH_TOKENS = 4096
@@ -152,21 +153,27 @@ class _Captured(Exception):
 
 
 class _Collector:
-    """A forward pre-hook that sums x xT and |x| of one module."""
+    """A forward pre-hook that sums x xT and |x| of one module's inputs."""
 
-    def __init__(self, channels: int, last: bool) -> None:
-        self.last = last
-        self.moment = torch.zeros(channels, channels)
-        self.absolute = torch.zeros(channels)
+    def __init__(self, last: bool = False, kept: list[Tensor] | None = None) -> None:
+        self.last, self.kept = last, kept
         self.num_tokens = 0
 
     def __call__(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        rows = arguments[0].reshape(-1, self.moment.shape[0])
+        self.add(arguments[0].flatten(0, -2))
+        if self.last:
+            raise _Captured
+
+    def add(self, rows: Tensor) -> None:
+        """rows: [tokens, K]."""
+        if self.num_tokens == 0:
+            self.moment = torch.zeros(rows.shape[1], rows.shape[1])
+            self.absolute = torch.zeros(rows.shape[1])
         self.moment.addmm_(rows.t(), rows)
         self.absolute += rows.abs().sum(0)
         self.num_tokens += rows.shape[0]
-        if self.last:
-            raise _Captured
+        if self.kept is not None:
+            self.kept.append(rows)
 
     def result(self) -> InputStatistics:
         """Once, at the end: the sums become the means, in place."""
@@ -186,15 +193,16 @@ class LayerRunner:
 
     def __init__(self, config: PretrainedConfig, architecture: Architecture) -> None:
         self.config = copy.deepcopy(config)
-        self.config._attn_implementation = "sdpa"
+        self.config._attn_implementation = attention_implementation(config)
+        self.config._experts_implementation = "eager"  # the experts of each token, in one order
         self.architecture = architecture
         self._rotary = architecture.rotary_type(self.config)
 
-    def build(self, index: int, tensors: dict[str, Tensor]) -> nn.Module:
-        """A layer with these tensors (names relative to the layer), shared, not copied."""
+    def build(self, index: int, tensors: Mapping[str, Tensor]) -> nn.Module:
+        """A layer with these tensors (names relative to the layer), shared, not copied, but for experts, which are stacked."""
         with torch.device("meta"):
             layer = self.architecture.layer_type(self.config, index)
-        layer.load_state_dict(tensors, assign=True, strict=True)
+        layer.load_state_dict(loaded_tensors(self.architecture, tensors), assign=True, strict=True)
         return layer.eval().requires_grad_(False)
 
     @torch.no_grad()
@@ -211,26 +219,55 @@ class LayerRunner:
             past_key_values=None,
             position_ids=positions,
         )
+        kind = {"layer_type": self.config.layer_types[index]} if self.architecture.rotary_by_layer_type else {}
         output: Tensor = layer(
             hidden,
             attention_mask=mask,
             position_ids=positions,
-            position_embeddings=self._rotary(hidden, position_ids=positions),
+            position_embeddings=self._rotary(hidden, position_ids=positions, **kind),
         )
         return output
 
     @torch.no_grad()
-    def capture(self, layer: nn.Module, index: int, hidden: Tensor) -> list[InputStatistics]:
-        """Input statistics of each of the architecture's scale groups, in order, from one pass."""
-        collectors, handles = [], []
-        for group in self.architecture.groups:
-            linear = layer.get_submodule(group.linears[0])
-            assert isinstance(linear, nn.Linear)
-            collectors.append(_Collector(linear.in_features, last=group is self.architecture.groups[-1]))
-            handles.append(linear.register_forward_pre_hook(collectors[-1]))
+    def capture(
+        self, index: int, tensors: Mapping[str, Tensor], hidden: Tensor
+    ) -> Iterator[tuple[ScaleGroup, InputStatistics]]:
+        """Each scale group of the layer with these tensors, in order, and its input's statistics, from one pass.
+
+        Every expert of a mixture is calibrated on all tokens, whichever the router would send it: one that this text seldom
+        reaches would otherwise be rounded for a few tokens. Their statistics are computed one by one, as they are asked for.
+        """
+        layer, groups = self.build(index, tensors), self.architecture.layer_groups(self.config, index)
+        mixture = self.architecture.mixture
+        router = mixture.routers[0] if mixture is not None else ""
+        readers = [i for i, group in enumerate(groups) if router in group.linears]
+        if mixture is None or not readers:
+            yield from zip(groups, self._collect(layer, index, hidden, [g.linears[0] for g in groups]), strict=True)
+            return
+        activation = layer.get_submodule("mlp.experts").act_fn
+        assert isinstance(activation, nn.Module)
+        seen, kept = groups[: readers[0] + 1], list[Tensor]()
+        modules = [*(group.linears[0] for group in seen[:-1]), "mlp"]
+        yield from zip(seen, self._collect(layer, index, hidden, modules, kept), strict=True)
+        del layer  # its stacked experts
+        for group in groups[len(seen) :]:
+            collector = _Collector()
+            for rows in kept:
+                collector.add(down_input(mixture, tensors, group.linears[0], rows, activation))
+            yield group, collector.result()
+
+    def _collect(
+        self, layer: nn.Module, index: int, hidden: Tensor, modules: Sequence[str], kept: list[Tensor] | None = None
+    ) -> list[InputStatistics]:
+        """Of the inputs of `modules`, in the order they are computed. The last one's are added to `kept`."""
+        collectors = [_Collector() for _ in modules[:-1]] + [_Collector(last=True, kept=kept)]
+        handles = [
+            layer.get_submodule(name).register_forward_pre_hook(collector)
+            for name, collector in zip(modules, collectors, strict=True)
+        ]
         try:
             for chunk in _batches(hidden):
-                # The last group's output is nobody's input here, so its matmul is not done.
+                # The last module's output is nobody's input here, so it is not computed.
                 with contextlib.suppress(_Captured):
                     self._forward(layer, index, chunk)
         finally:

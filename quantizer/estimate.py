@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers import PretrainedConfig
 
 from quantizer.calibrate import BATCH_TOKENS
 from quantizer.config import EFFORTS, QuantizeError, QuantizeOptions
 from quantizer.mappings import Architecture
+from quantizer.pipeline import MAX_ROUNDED_ROWS
 from quantizer.work_folder import reusable_bytes
 
 PROCESS_BYTES = 850_000_000
@@ -42,28 +44,30 @@ def estimate(
     architecture: Architecture,
     options: QuantizeOptions,
     shapes: Mapping[str, tuple[int, ...]],
-    num_layers: int,
+    model: PretrainedConfig,
     num_samples: int,
     operations_per_second: float,
 ) -> Estimate:
-    """shapes: of every tensor of the dense model. All layers are taken to be like the first."""
-    prefix = architecture.layer_prefix(0)
-    linears = {name: shapes[f"{prefix}{name}.weight"] for name in architecture.linears}
-    groups = [
-        (sum(linears[name][0] for name in group.linears), linears[group.linears[0]][1]) for group in architecture.groups
-    ]
-    layer = sum(rows * columns for rows, columns in linears.values())
+    """shapes: of every tensor of the dense model. All layers are taken to be like the first of the largest."""
+    num_layers = model.num_hidden_layers
+    layers = [_groups(architecture, shapes, model, index) for index in range(num_layers)]
+    groups = max(layers, key=lambda groups: sum(rows * columns for rows, columns in groups))
+    layer = sum(rows * columns for rows, columns in groups)
+    is_mixture = architecture.mixture is not None
     others = [math.prod(shape) for name, shape in shapes.items() if not name.startswith(f"{architecture.layers}.")]
     hidden_size, tokens = groups[0][1], num_samples * options.sequence_length
-    moments = sum(columns**2 for _, columns in groups)
+    # Of experts' inputs one at a time exists.
+    moments = sum(columns**2 for _, columns in groups[: len(architecture.groups) - is_mixture])
+    moments += max(columns**2 for _, columns in groups) if is_mixture else 0
     forward = 4 * BATCH_TOKENS * (4 * max(rows for rows, _ in groups) + 8 * hidden_size)
-    capture = 4 * (layer + moments) + forward
+    # transformers' layer has a copy of the experts; what they read is kept until the last is calibrated.
+    capture = 4 * (layer * (2 if is_mixture else 1) + moments) + forward
     # Original, folded and dequantized layer, and for one group of linears: a scaled moment and two matrices in fp64 while it is
     # factored; then the factor, and the columns as they are updated or refined.
     per_weight = 21 if EFFORTS[options.effort].sweeps else 12
     rounding = 4 * (3 * layer + moments) + max(
         max(20 * columns**2 + 4 * rows * columns, 8 * columns**2 + per_weight * rows * columns)
-        for rows, columns in groups
+        for rows, columns in ((min(rows, MAX_ROUNDED_ROWS), columns) for rows, columns in groups)
     )
     fixed = PROCESS_BYTES + max(capture, rounding, 8 * max(others))
     packed = num_layers * layer * (4 + 20 / options.group_size if options.group_size > 0 else 4) / 8 + 2 * sum(others)
@@ -71,12 +75,23 @@ def estimate(
     return Estimate(
         fixed_bytes=int(fixed),
         # Read by one layer, written by it, and joined from batches.
-        bytes_per_sample=3 * 4 * options.sequence_length * hidden_size,
+        bytes_per_sample=(4 if is_mixture else 3) * 4 * options.sequence_length * hidden_size,
         num_samples=num_samples,
         # Finished parts, and the checkpoint made of them; the hidden states that enter the next layer, twice while replaced.
         disk_bytes=int(2 * packed + 8 * tokens * hidden_size),
         seconds=operations / (EFFICIENCY * operations_per_second),
     )
+
+
+def _groups(
+    architecture: Architecture, shapes: Mapping[str, tuple[int, ...]], model: PretrainedConfig, index: int
+) -> list[tuple[int, int]]:
+    """Rows and columns of a layer's linears that share an input."""
+    prefix, groups = architecture.layer_prefix(index), []
+    for group in architecture.layer_groups(model, index):
+        linears = [shapes[f"{prefix}{name}.weight"] for name in group.linears]
+        groups.append((sum(rows for rows, _ in linears), linears[0][1]))
+    return groups
 
 
 def _layer_operations(options: QuantizeOptions, groups: list[tuple[int, int]], layer: int, tokens: int) -> float:

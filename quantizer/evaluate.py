@@ -19,6 +19,8 @@ from quantizer.config import QuantConfig, QuantizeError
 from quantizer.documents import read_documents
 from quantizer.export import REPORT_FILE, write_report
 from quantizer.layouts import parse_quantization, quantized_modules, read_packed
+from quantizer.mappings import attention_implementation, find_architecture
+from quantizer.mixtures import loaded_tensors
 from quantizer.sources import SafetensorsSource, Source, expected_shapes, open_source
 
 BATCH_TOKENS = 1024
@@ -58,11 +60,16 @@ def load_model(source: Source | DequantizedSource, dtype: torch.dtype = torch.fl
     config = source.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    config._attn_implementation = attention_implementation(config)
     tensors = {name: source.load(name).to(dtype) for name in expected_shapes(config)}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    # The rotary buffers are not in the checkpoint; on the meta device they would have no values.
+    # Rotary and scale buffers are not in the checkpoint; on the meta device they would have no values.
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
+    tensors = loaded_tensors(find_architecture(config), tensors)
+    embedding = model.model.embed_tokens
+    if hasattr(embedding, "embed_scale"):
+        embedding.embed_scale = torch.tensor(embedding.scalar_embed_scale)
     model.load_state_dict(tensors, assign=True, strict=not config.tie_word_embeddings)
     model.tie_weights()
     return model.eval().requires_grad_(False)

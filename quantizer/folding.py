@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from quantizer.mappings import Fold, ScaleGroup
+from quantizer.mappings import Fold, ScaleGroup, head_size
 
 
 def shared_channels(config: PretrainedConfig, group: ScaleGroup) -> Tensor | None:
@@ -17,27 +17,35 @@ def shared_channels(config: PretrainedConfig, group: ScaleGroup) -> Tensor | Non
     if group.fold is not Fold.KV_ROWS:
         return None
     num_heads = config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    size = head_size(config)
     heads_per_kv = num_heads // config.num_key_value_heads
     kv_heads = torch.arange(num_heads) // heads_per_kv
-    return (kv_heads[:, None] * head_size + torch.arange(head_size)).reshape(-1)
+    return (kv_heads[:, None] * size + torch.arange(size)).reshape(-1)
 
 
 def fold(
-    tensors: dict[str, Tensor], group: ScaleGroup, scales: Tensor, dtype: torch.dtype, shared: Tensor | None = None
+    tensors: dict[str, Tensor],
+    group: ScaleGroup,
+    scales: Tensor,
+    dtype: torch.dtype,
+    config: PretrainedConfig,
 ) -> tuple[Tensor, Tensor]:
     """Replaces the layer's tensors (fp32, names relative to the layer) by folded ones; the layer computes the same.
 
     dtype: what the norm is stored as. A norm's folded weight is rounded to it first and the scale taken from the
-    rounded value, so that storing it costs nothing. Returns the scales used, [K], and what each output row of
-    `group.previous` was divided by (empty for a norm).
+    rounded value, so that storing it costs nothing. Returns the scales used, [K], all 1 where nothing folds, and what each
+    output row of `group.previous` was divided by (empty where that is no linear).
     """
-    name = f"{group.previous}.weight"
-    if group.fold is Fold.NORM:
-        tensors[name], scales = _fold_norm(tensors[name], scales, dtype)
-        rows = torch.empty(0)
+    name, rows = f"{group.previous}.weight", torch.empty(0)
+    if group.fold is Fold.NONE:
+        return torch.ones_like(scales), rows
+    if group.fold in (Fold.NORM, Fold.UNIT_NORM):
+        offset = 1.0 if group.fold is Fold.UNIT_NORM else 0.0
+        tensors[name], scales = _fold_norm(tensors[name], offset, scales, dtype)
     else:
-        rows = scales if shared is None else _per_row(scales, shared)
+        shared = shared_channels(config, group)
+        rows = torch.ones(tensors[name].shape[0])
+        rows[group.rows.of(config, rows.shape[0])] = scales if shared is None else _per_row(scales, shared)
         tensors[name] = tensors[name] / rows[:, None]
         bias = f"{group.previous}.bias"
         if bias in tensors:
@@ -47,12 +55,13 @@ def fold(
     return scales, rows
 
 
-def _fold_norm(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    folded = (weight / scales).to(dtype).float()
+def _fold_norm(weight: Tensor, offset: float, scales: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The stored weight of a norm that multiplies by offset + weight, and the scales it stands for."""
+    folded = ((weight + offset) / scales - offset).to(dtype).float()
     # A channel whose folded weight leaves the dtype's range keeps its own weight and goes unscaled.
-    usable = torch.isfinite(folded) & (folded.abs() >= torch.finfo(dtype).tiny)
+    usable = torch.isfinite(folded) & ((folded + offset).abs() >= torch.finfo(dtype).tiny)
     folded = torch.where(usable, folded, weight.to(dtype).float())
-    return folded, torch.where(folded != 0, weight / folded, torch.ones_like(weight))
+    return folded, torch.where(folded + offset != 0, (weight + offset) / (folded + offset), torch.ones_like(weight))
 
 
 def _per_row(scales: Tensor, shared: Tensor) -> Tensor:

@@ -15,6 +15,9 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Pretrained
 from quantizer.config import QuantizeError
 from quantizer.mappings import find_architecture
 
+_ARCHITECTURES = ("llama", "qwen2", "qwen3")
+"""Those whose tensors mean here what they mean there, but for the order below. (Gemma's norms, for one, have 1 added.)"""
+
 _PERMUTED_ARCHITECTURES = ("llama",)
 """GGUF architectures whose q and k rows are stored in pairs (2i, 2i+1) rather than halves (i, i + head_dim/2)."""
 
@@ -35,6 +38,11 @@ class GgufSource:
         except (ValueError, OSError) as error:
             raise QuantizeError(f"{path}: not a readable GGUF file: {error}") from error
         self._gguf_architecture = str(self._field("general.architecture"))
+        if self._gguf_architecture not in _ARCHITECTURES:
+            raise QuantizeError(
+                f"{path}: GGUF architecture {self._gguf_architecture} is not supported; supported: {', '.join(_ARCHITECTURES)}; "
+                "give the safetensors checkpoint"
+            )
         self.config: PretrainedConfig = self._transformers(AutoConfig)
         architecture = find_architecture(self.config)
         self.config.architectures = [architecture.name]

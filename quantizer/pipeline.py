@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from kernels.format import AwqWeight, pack_int4
 from quantizer.calibrate import InputStatistics, LayerRunner
 from quantizer.config import EFFORTS, QuantConfig, QuantizeError, QuantizeOptions
 from quantizer.folding import fold, shared_channels
 from quantizer.layouts import packed_tensors
-from quantizer.mappings import Architecture, ScaleGroup
+from quantizer.mappings import Architecture, Fold, ScaleGroup
 from quantizer.refinement import refine
 from quantizer.rounding import Rounded, nearest_values, round_feedback, round_nearest
 from quantizer.search import RangeChooser, ScaleChoice, output_error, search_scales
 from quantizer.sources import Source, load_checked
 
+MAX_ROUNDED_ROWS = 1 << 16
+"""Of linears that are rounded at once: more than any dense layer's share an input, fewer than the experts of a large mixture."""
 _ROUNDINGS = {"nearest": round_nearest, "feedback": round_feedback}
 
 
@@ -102,7 +105,8 @@ class LayerQuantizer:
     def embed(self, tokens: Tensor) -> Tensor:
         """tokens: int64 [sequences, length]. What enters the first layer, fp32 [sequences, length, hidden size]."""
         embedding = f"{self.architecture.embedding}.weight"
-        return load_checked(self.source, embedding, self.shapes[embedding])[tokens].float()
+        rows = load_checked(self.source, embedding, self.shapes[embedding])[tokens].float()
+        return rows * self.architecture.embedding_scale(self.source.config)
 
     def layers(self, hidden: Tensor, first: int = 0) -> Iterator[LayerResult]:
         """hidden: what enters layer `first`. Yields a result per layer as it is done."""
@@ -111,8 +115,7 @@ class LayerQuantizer:
         for index in range(first, num_layers):
             started = time.monotonic()
             tensors = self._load_layer(index)
-            statistics = runner.capture(runner.build(index, tensors), index, hidden)
-            result, dense = self.quantize_layer(index, tensors, statistics)
+            result, dense = self.quantize_layer(index, tensors, runner.capture(index, tensors, hidden))
             is_last = index + 1 == num_layers
             if not is_last:
                 hidden = runner.run(runner.build(index, dense), index, hidden)
@@ -130,67 +133,104 @@ class LayerQuantizer:
         }
 
     def quantize_layer(
-        self, index: int, tensors: dict[str, Tensor], statistics: list[InputStatistics]
+        self, index: int, tensors: dict[str, Tensor], statistics: Iterable[tuple[ScaleGroup, InputStatistics]]
     ) -> tuple[LayerResult, dict[str, Tensor]]:
-        """tensors: the layer's, fp32, names relative to it; statistics: one per scale group.
+        """tensors: the layer's, fp32, names relative to it; statistics: of each of its scale groups.
 
         Returns what to write and the layer as a server will compute it, in fp32.
         """
-        report = LayerReport(index)
-        folded, group_scales, row_scales = dict(tensors), [], {}
-        for group, inputs in zip(self.architecture.groups, statistics, strict=True):
-            choice, shared = self._search(index, group, tensors, inputs), shared_channels(self.source.config, group)
+        report, groups = LayerReport(index), self.architecture.layer_groups(self.source.config, index)
+        folded, row_scales, waiting = dict(tensors), dict[str, Tensor](), []
+        rounded: dict[str, tuple[AwqWeight, LinearReport]] = {}
+        for group, inputs in statistics:
+            choice = self._search(index, group, tensors, inputs)
             wanted = torch.ones_like(inputs.mean_abs) if choice is None else choice.scales
-            scales, rows = fold(folded, group, wanted, self.dtype, shared)
-            group_scales.append(scales)
+            scales, rows = fold(folded, group, wanted, self.dtype, self.source.config)
             if rows.numel():
                 row_scales[group.previous] = rows
+            if group.fold is Fold.NONE:
+                report.skipped.append(f"scales of {', '.join(group.linears)}: nothing before them can take one")
             if choice is not None:
                 report.scales.append(_scale_report(group, choice))
                 if choice.is_identity:
                     report.skipped.append(f"scales of {', '.join(group.linears)}")
-        dense = {name: self._as_stored(index, name, tensor) for name, tensor in folded.items()}
+            waiting.append((group, inputs, scales))
+            # Rounded as soon as no fold to come can change it, so that few statistics are held: each expert has its own.
+            if not any(other.previous in group.linears for other in groups):
+                rounded |= self._finish(index, *waiting.pop(), tensors, folded, row_scales)
+        for entry in waiting:
+            rounded |= self._finish(index, *entry, tensors, folded, row_scales)
+        dense = {name: self._as_stored(index, name, tensor, rounded) for name, tensor in folded.items()}
         written = {f"{self.architecture.layer_prefix(index)}{name}": tensor for name, tensor in dense.items()}
-        for group, inputs, scales in zip(self.architecture.groups, statistics, group_scales, strict=True):
-            for linear, (weight, clipped) in self._round(index, group, folded, inputs.scaled(scales)).items():
-                del written[f"{weight.name}.weight"]
-                written |= packed_tensors(weight, self.options.format)
-                dense[f"{linear}.weight"] = weight.dequantize()
-                effective = dense[f"{linear}.weight"] / scales
-                if linear in row_scales:
-                    effective *= row_scales[linear][:, None]
-                original = tensors[f"{linear}.weight"]
-                report.linears.append(self._linear_report(linear, original, effective, inputs, clipped))
-                if self._clips(linear) and clipped == 0:
-                    report.skipped.append(f"clip of {linear}")
+        for linear in (linear for group in groups for linear in group.linears if linear in rounded):
+            weight, linear_report = rounded[linear]
+            del written[f"{weight.name}.weight"]
+            written |= packed_tensors(weight, self.options.format)
+            dense[f"{linear}.weight"] = weight.dequantize()
+            report.linears.append(linear_report)
+            if self._clipped_rows(linear, weight.out_features).any() and linear_report.clipped == 0:
+                report.skipped.append(f"clip of {linear}")
         return LayerResult(written, report), {name: tensor.float() for name, tensor in dense.items()}
+
+    def _finish(
+        self,
+        index: int,
+        group: ScaleGroup,
+        inputs: InputStatistics,
+        scales: Tensor,
+        tensors: dict[str, Tensor],
+        folded: dict[str, Tensor],
+        row_scales: dict[str, Tensor],
+    ) -> dict[str, tuple[AwqWeight, LinearReport]]:
+        """The group's quantized linears, rounded, and what that cost. scales: of its inputs; row_scales: of linears' outputs."""
+        found = {}
+        for linear, (weight, clipped) in self._round(index, group, folded, inputs.scaled(scales)).items():
+            effective = weight.dequantize() / scales
+            if linear in row_scales:
+                effective *= row_scales[linear][:, None]
+            original = tensors[f"{linear}.weight"]
+            found[linear] = weight, self._linear_report(linear, original, effective, inputs, clipped)
+        return found
 
     def _search(
         self, index: int, group: ScaleGroup, tensors: dict[str, Tensor], inputs: InputStatistics
     ) -> ScaleChoice | None:
-        """None where there is nothing to search for: no scales are wanted, or none of the group's linears is quantized."""
+        """None where there is nothing to search for: no scales are wanted, or can be folded, or no linear is quantized."""
         weights = [tensors[f"{name}.weight"] for name in group.linears if self._converts(index, name)]
         channels = inputs.mean_abs.shape[0]
-        if not weights or not self.options.scales:
+        if not weights or not self.options.scales or group.fold is Fold.NONE:
             return None
-        shared = shared_channels(self.source.config, group)
-        return search_scales(
-            torch.cat(weights), inputs, self._group_size(channels), shared, EFFORTS[self.options.effort]
-        )
+        shared, effort = shared_channels(self.source.config, group), EFFORTS[self.options.effort]
+        # The rows that the search will look at, before the weights of all experts are copied side by side.
+        step, first, looked_at = -(-sum(len(weight) for weight in weights) // effort.search_rows), 0, []
+        for weight in weights:
+            looked_at.append(weight[first::step])
+            first = (first - len(weight)) % step
+        return search_scales(torch.cat(looked_at), inputs, self._group_size(channels), shared, effort)
 
     def _round(
         self, index: int, group: ScaleGroup, folded: dict[str, Tensor], inputs: InputStatistics
     ) -> dict[str, tuple[AwqWeight, float]]:
-        """The group's quantized linears and the share of their groups that was clipped.
+        """The group's quantized linears and the share of their groups that was clipped."""
+        packed: dict[str, tuple[AwqWeight, float]] = {}
+        names: list[str] = []
+        num_rows = 0
+        for name in (name for name in group.linears if self._converts(index, name)):
+            rows = len(folded[f"{name}.weight"])
+            if names and num_rows + rows > MAX_ROUNDED_ROWS:
+                packed |= self._round_together(index, names, folded, inputs)
+                names, num_rows = [], 0
+            names.append(name)
+            num_rows += rows
+        return packed | self._round_together(index, names, folded, inputs) if names else packed
 
-        They are rounded together: they share the second moment of their (scaled) inputs.
-        """
-        names = [name for name in group.linears if self._converts(index, name)]
-        if not names:
-            return {}
+    def _round_together(
+        self, index: int, names: list[str], folded: dict[str, Tensor], inputs: InputStatistics
+    ) -> dict[str, tuple[AwqWeight, float]]:
+        """Linears that share the second moment of their (scaled) inputs."""
         weights = [folded[f"{name}.weight"] for name in names]
         clip = torch.cat(
-            [torch.full((weight.shape[0],), self._clips(name)) for name, weight in zip(names, weights, strict=True)]
+            [self._clipped_rows(name, weight.shape[0]) for name, weight in zip(names, weights, strict=True)]
         )
         choose = RangeChooser(clip, effort=EFFORTS[self.options.effort])
         size = self._group_size(weights[0].shape[1])
@@ -209,8 +249,13 @@ class LayerQuantizer:
             start = rows.stop
         return packed
 
-    def _clips(self, linear: str) -> bool:
-        return self.options.clip and linear not in self.architecture.unclipped
+    def _clipped_rows(self, linear: str, num_rows: int) -> Tensor:
+        """bool [num_rows]: which rows' ranges may shrink."""
+        rows = torch.full((num_rows,), self.options.clip)
+        unclipped = self.architecture.unclipped.get(linear)
+        if unclipped is not None:
+            rows[unclipped.of(self.source.config, num_rows)] = False
+        return rows
 
     def _group_size(self, channels: int) -> int:
         return channels if self.options.group_size == -1 else self.options.group_size
@@ -218,9 +263,8 @@ class LayerQuantizer:
     def _converts(self, index: int, linear: str) -> bool:
         return self.quant_config.converts(f"{self.architecture.layer_prefix(index)}{linear}")
 
-    def _as_stored(self, index: int, name: str, tensor: Tensor) -> Tensor:
-        linear = name.removesuffix(".weight")
-        if linear in self.architecture.linears and self._converts(index, linear):
+    def _as_stored(self, index: int, name: str, tensor: Tensor, rounded: Collection[str]) -> Tensor:
+        if name.removesuffix(".weight") in rounded:
             return tensor
         return cast_checked(f"{self.architecture.layer_prefix(index)}{name}", tensor, self.dtype)
 
@@ -257,12 +301,12 @@ def cast_checked(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def check_divisible(
-    architecture: Architecture, options: QuantizeOptions, shapes: dict[str, tuple[int, ...]], num_layers: int
+    architecture: Architecture, options: QuantizeOptions, shapes: dict[str, tuple[int, ...]], model: PretrainedConfig
 ) -> None:
     """QuantizeError naming the first linear that the group size or the word of 8 columns does not divide."""
     config = options.quant_config
-    for index in range(num_layers):
-        for linear in architecture.linears:
+    for index in range(model.num_hidden_layers):
+        for linear in architecture.layer_linears(model, index):
             name = f"{architecture.layer_prefix(index)}{linear}"
             rows, columns = shapes[f"{name}.weight"]
             if not config.converts(name):

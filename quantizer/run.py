@@ -7,7 +7,7 @@ import json
 import resource
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,12 @@ class Job:
 
     def linears(self) -> list[str]:
         """Full names of the decoder layers' linears."""
-        prefixes = map(self.architecture.layer_prefix, range(self.num_layers))
-        return [f"{prefix}{name}" for prefix in prefixes for name in self.architecture.linears]
+        architecture, config = self.architecture, self.source.config
+        return [
+            f"{architecture.layer_prefix(index)}{name}"
+            for index in range(self.num_layers)
+            for name in architecture.layer_linears(config, index)
+        ]
 
     def estimate(self) -> estimate.Estimate:
         """Of the whole run, by a matmul timed here."""
@@ -54,7 +58,7 @@ class Job:
             self.architecture,
             self.options,
             self.shapes,
-            self.num_layers,
+            self.source.config,
             self.tokens.shape[0],
             estimate.measured_rate(),
         )
@@ -72,11 +76,12 @@ class Job:
 
 def prepare(source: Source, options: QuantizeOptions) -> Job:
     """Checks everything that can be checked before the first layer, and draws the calibration tokens."""
-    options = options.resolved()
+    options, architecture = options.resolved(), find_architecture(source.config)
+    if routers := architecture.routers(source.config):
+        options = replace(options, modules_to_not_convert=(*options.modules_to_not_convert, *routers))
     assert options.samples is not None
-    architecture = find_architecture(source.config)
     shapes = sources.check_tensors(source)
-    check_divisible(architecture, options, shapes, source.config.num_hidden_layers)
+    check_divisible(architecture, options, shapes, source.config)
     dtype = source.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     if dtype not in (torch.float16, torch.bfloat16):
         dtype = torch.float16

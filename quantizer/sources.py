@@ -6,6 +6,7 @@ A source hands out one tensor at a time under its transformers name, so no reade
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 from pathlib import Path
@@ -17,6 +18,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from quantizer.config import QuantizeError
+from quantizer.mappings import WRAPPERS, find_architecture
+from quantizer.mixtures import checkpoint_shapes
+
+logger = logging.getLogger(__name__)
 
 SIDE_FILES = (
     "tokenizer*",
@@ -78,7 +83,21 @@ class SafetensorsSource:
         self.config_json: dict[str, Any] = json.loads(config_path.read_text())
         self.config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
         self._files = self._locate()
+        self._stored_names = {name: name for name in self._files}
+        self._unwrap()
         self._dtype: torch.dtype | None = None
+
+    def _unwrap(self) -> None:
+        """Of a model that holds a decoder beside other things, the decoder alone."""
+        wrapper = WRAPPERS.get(self.config.model_type)
+        if wrapper is None:
+            return
+        self.config_json, self.config = wrapper.config(self.config_json), self.config.text_config
+        self.config.architectures = [wrapper.architecture]
+        renamed = {stored: wrapper.rename(stored) for stored in self._files}
+        self._stored_names = {name: stored for stored, name in renamed.items() if name is not None}
+        self._files = {name: self._files[stored] for name, stored in self._stored_names.items()}
+        logger.info("%s: %d tensors beside the decoder are left out", self.description, len(renamed) - len(self._files))
 
     def _locate(self) -> dict[str, str]:
         index, single = self.folder / "model.safetensors.index.json", self.folder / "model.safetensors"
@@ -113,7 +132,7 @@ class SafetensorsSource:
         path = self.folder / self._files[name]
         with _open(path) as handle:
             try:
-                tensor: Tensor = handle.get_tensor(name)
+                tensor: Tensor = handle.get_tensor(self._stored_names[name])
             except SafetensorError as error:
                 raise QuantizeError(f"{path}: cannot read tensor {name}: {error}") from error
         return tensor
@@ -179,13 +198,13 @@ def _unquantized(source: SafetensorsSource) -> SafetensorsSource:
 
 
 def expected_shapes(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the dense model and its shape; a tied lm_head is left out."""
+    """Every tensor of the dense model's checkpoint and its shape; a tied lm_head is left out."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         shapes.pop("lm_head.weight", None)
-    return shapes
+    return checkpoint_shapes(find_architecture(config), shapes)
 
 
 def check_tensors(source: Source) -> dict[str, tuple[int, ...]]:

@@ -11,7 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LINEARS = (
+    *("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj"),
+    *("gate_proj", "up_proj", "gate_up_proj", "down_proj"),
+    *("w1", "w2", "w3"),
+)
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 

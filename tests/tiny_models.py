@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
@@ -40,7 +41,90 @@ TINY_MODELS: dict[str, tuple[type, dict[str, Any]]] = {
         {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1, "tie_word_embeddings": True},
     ),
     "qwen3": (transformers.Qwen3Config, {"head_dim": 32, "tie_word_embeddings": True}),
+    "mixtral": (
+        transformers.MixtralConfig,
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 20, "tie_word_embeddings": False},
+    ),
+    "qwen2_moe": (
+        transformers.Qwen2MoeConfig,
+        {
+            "num_experts": 5,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 64,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "qwen3_moe": (
+        transformers.Qwen3MoeConfig,
+        {
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 32,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [1],
+            "head_dim": 32,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "gemma2": (
+        transformers.Gemma2Config,
+        {"head_dim": 32, "query_pre_attn_scalar": 24, "sliding_window": 20, "final_logit_softcapping": 5.0}
+        | {"attn_logit_softcapping": 2.0},
+    ),
+    "gemma3_text": (
+        transformers.Gemma3TextConfig,
+        {
+            "head_dim": 32,
+            "query_pre_attn_scalar": 24,
+            "sliding_window": 20,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
+    "phi3": (
+        transformers.Phi3Config,
+        {
+            "tie_word_embeddings": False,
+            "sliding_window": 40,
+            "original_max_position_embeddings": 64,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.75,
+                "short_factor": [1.0 + 0.1 * i for i in range(6)],
+                "long_factor": [2.0 + 0.5 * i for i in range(6)],
+            },
+        },
+    ),
+    "granite": (
+        transformers.GraniteConfig,
+        {
+            "tie_word_embeddings": True,
+            "embedding_multiplier": 12.0,
+            "attention_multiplier": 0.2,
+            "residual_multiplier": 0.22,
+            "logits_scaling": 8.0,
+        },
+    ),
+    "olmo2": (transformers.Olmo2Config, {"tie_word_embeddings": False}),
+    "glm4": (transformers.Glm4Config, {"head_dim": 32, "attention_bias": True, "tie_word_embeddings": False}),
+    "smollm3": (transformers.SmolLM3Config, {"no_rope_layers": [1, 0, 1], "tie_word_embeddings": True}),
 }
+
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
+
+
+_QUICK = ("llama-untied-biased", "gemma3_text", "phi3", "olmo2", "granite")
+
+
+def kinds_by_cost() -> list[Any]:
+    """Every kind as a test's parameter; in `make test` those alone that between them have everything that architectures differ
+    by."""
+    return [pytest.param(kind, marks=() if kind in _QUICK else pytest.mark.slow) for kind in TINY_MODELS]
 
 
 def make_tiny_model(
@@ -68,6 +152,13 @@ def load_reference(directory: Path) -> torch.nn.Module:
         directory, dtype=torch.float32, attn_implementation="eager"
     )
     return model.eval()
+
+
+def layer_tensors(directory: Path, index: int) -> dict[str, torch.Tensor]:
+    """A layer's tensors as an unsharded checkpoint has them, under names relative to the layer."""
+    prefix = f"model.layers.{index}."
+    tensors = load_file(directory / "model.safetensors")
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 @torch.no_grad()

@@ -11,12 +11,13 @@ import argparse
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.2-1b": {
         "hidden_size": 2048,
         "intermediate_size": 8192,
@@ -26,6 +27,21 @@ SHAPES = {
         "head_dim": 64,
         "vocab_size": 128256,
         "rope_theta": 500000.0,
+    },
+    # 2 of 8 experts compute a token: 0.9 billion of 3 billion parameters.
+    "mixture-8x0.4b": {
+        "model_type": "mixtral",
+        "architectures": ["MixtralForCausalLM"],
+        "hidden_size": 2048,
+        "intermediate_size": 3584,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "vocab_size": 32000,
+        "rope_theta": 1000000.0,
     },
 }
 
@@ -41,6 +57,16 @@ def quantized(name: str, out_features: int, in_features: int, group_size: int) -
     return {f"{name}.qweight": words(in_features), f"{name}.qzeros": words(groups), f"{name}.scales": scales.half()}
 
 
+def mlp(shape: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """Outputs and inputs of a layer's MLP's linears, in 4 bit."""
+    hidden, intermediate = shape["hidden_size"], shape["intermediate_size"]
+    modules = {"mlp.gate_proj": False, "mlp.up_proj": False, "mlp.down_proj": True}
+    if "num_local_experts" in shape:
+        experts = [f"block_sparse_moe.experts.{index}" for index in range(shape["num_local_experts"])]
+        modules = {f"{expert}.{name}": name == "w2" for expert in experts for name in ("w1", "w2", "w3")}
+    return {name: (hidden, intermediate) if down else (intermediate, hidden) for name, down in modules.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shape", choices=sorted(SHAPES))
@@ -51,16 +77,14 @@ def main() -> None:
     shape, size = SHAPES[options.shape], options.group_size
     torch.manual_seed(0)
     options.out.mkdir(parents=True)
-    hidden, intermediate, head_dim = shape["hidden_size"], shape["intermediate_size"], shape["head_dim"]
+    hidden, head_dim = shape["hidden_size"], shape["head_dim"]
     queries, keys = shape["num_attention_heads"] * head_dim, shape["num_key_value_heads"] * head_dim
     linears = {
         "self_attn.q_proj": (queries, hidden),
         "self_attn.k_proj": (keys, hidden),
         "self_attn.v_proj": (keys, hidden),
         "self_attn.o_proj": (hidden, queries),
-        "mlp.gate_proj": (intermediate, hidden),
-        "mlp.up_proj": (intermediate, hidden),
-        "mlp.down_proj": (hidden, intermediate),
+        **mlp(shape),
     }
     tensors = {
         "model.embed_tokens.weight": torch.randn(shape["vocab_size"], hidden).mul_(0.02).half(),
@@ -72,6 +96,9 @@ def main() -> None:
             tensors |= quantized(f"{prefix}.{name}", rows, columns, size)
         for norm in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"{prefix}.{norm}.weight"] = torch.ones(hidden).half()
+        if "num_local_experts" in shape:
+            router = torch.randn(shape["num_local_experts"], hidden) / hidden**0.5
+            tensors[f"{prefix}.block_sparse_moe.gate.weight"] = router.half()
     save_file(tensors, options.out / "model.safetensors", metadata={"format": "pt"})
     config = {
         "architectures": ["LlamaForCausalLM"],

@@ -65,12 +65,13 @@ class Program:
         block_tables: Tensor = ...,
         logit_rows: Tensor = ...,
     ) -> None: ...
-    def embed(self, table: Tensor, out: Tensor) -> None: ...
+    def embed(self, table: Tensor, scale: float, out: Tensor) -> None: ...
     def add_rms_norm(
         self,
         x: Tensor,
         residual: Tensor | None,
-        weight: Tensor,
+        x_weight: Tensor | None,
+        weight: Tensor | None,
         eps: float,
         unit_offset: bool,
         total: Tensor,
@@ -87,6 +88,18 @@ class Program:
         activation: str,
         packed: _Packed,
         dense: Tensor | None,
+    ) -> None: ...
+    def moe(
+        self,
+        router: Sequence[PackedLinear],
+        router_inputs: Sequence[Tensor],
+        inputs: _Packed,
+        experts: Sequence[tuple[Sequence[PackedLinear], PackedLinear]],
+        num_active: int,
+        renormalize: bool,
+        shared: bool,
+        activation: str,
+        y: Tensor,
     ) -> None: ...
     def rope_and_store(
         self,
@@ -118,6 +131,8 @@ class Program:
     def run_batch(self) -> int: ...
     def run(self, num_tokens: int, num_sequences: int = 0, num_rows: int = 0) -> None: ...
     profiling: bool
+    @property
+    def num_experts_read(self) -> int: ...
     @property
     def seconds_by_kind(self) -> dict[str, float]: ...
 

@@ -7,7 +7,7 @@ replays it on the batch's buffers. Outside a recording an op runs at once, as a 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,18 +17,22 @@ from kernels.backend import (
     Activation,
     AttentionShape,
     BackendOptions,
+    ExpertWeights,
     KVCache,
     KVCacheSpec,
     LinearInput,
     PreparedEmbedding,
+    PreparedExperts,
     PreparedLinear,
     QKNorm,
     RotaryTable,
+    Routing,
     SampledRows,
 )
 from kernels.batch import ForwardBatch, SamplingBatch
 from kernels.cpu import _native
 from kernels.cpu.buffers import BufferPool, map_zeros
+from kernels.cpu.experts import CpuExperts, expect_cpu_experts, pack_experts
 from kernels.cpu.linear import CpuLinear, CpuLinearInput, expect_cpu_linear, pack_head, pack_linear, to_16_bit
 from kernels.cpu.threads import usable_cores
 from kernels.format import AwqWeight, DenseWeight
@@ -127,6 +131,9 @@ class CpuBackend(HostBackend):
     def prepare_linear(self, weights: Sequence[AwqWeight | DenseWeight], bias: Tensor | None) -> CpuLinear:
         return pack_linear(weights, bias, self.options.cpu_activations)
 
+    def prepare_experts(self, router: DenseWeight, experts: Iterable[ExpertWeights], routing: Routing) -> CpuExperts:
+        return pack_experts(router, experts, routing, self.options.cpu_activations)
+
     def prepare_head(self, weight: DenseWeight | AwqWeight) -> CpuLinear:
         return pack_head(weight, self.options.lm_head_dtype, self.options.cpu_activations)
 
@@ -218,20 +225,20 @@ class CpuBackend(HostBackend):
         """Where an op leaves its rows: in the forms that the linear takes, or dense."""
         if for_linear is None:
             return CpuLinearInput(num_rows, self._empty(num_rows, width), ())
-        linear = expect_cpu_linear(for_linear)
+        linear = for_linear if isinstance(for_linear, CpuExperts) else expect_cpu_linear(for_linear)
         if linear.in_features != width:
             raise ValueError(f"for_linear: expected {width} input features, found {linear.in_features}")
         return self._packed_input(num_rows, linear)
 
-    def _packed_input(self, num_rows: int, linear: CpuLinear) -> CpuLinearInput:
+    def _packed_input(self, num_rows: int, linear: CpuLinear | CpuExperts) -> CpuLinearInput:
         packed = [(layout, self._empty(layout.nbytes(num_rows), dtype=torch.uint8)) for layout in linear.layouts]
         return CpuLinearInput(num_rows, None, packed)
 
-    def embed(self, batch: ForwardBatch, embedding: PreparedEmbedding) -> Tensor:
+    def embed(self, batch: ForwardBatch, embedding: PreparedEmbedding, scale: float = 1.0) -> Tensor:
         assert isinstance(embedding, CpuEmbedding)
         program = self._program(batch, embedding.weight)
         out = self._empty(batch.max_tokens, embedding.weight.shape[1])
-        program.embed(embedding.weight, out)
+        program.embed(embedding.weight, scale, out)
         self._finish(program, batch.num_tokens, batch)
         return out if self._recording else out[: batch.num_tokens]
 
@@ -239,15 +246,16 @@ class CpuBackend(HostBackend):
         self,
         x: Tensor,
         residual: Tensor | None,
-        weight: Tensor,
+        weight: Tensor | None,
         eps: float,
         unit_offset: bool = False,
         for_linear: PreparedLinear | None = None,
+        x_weight: Tensor | None = None,
     ) -> tuple[CpuLinearInput, Tensor]:
-        program = self._program(None, weight)
+        program = self._program(None, weight, x_weight)
         total = self._empty(*x.shape)
         out = self._linear_input(x.shape[0], x.shape[1], for_linear)
-        program.add_rms_norm(x, residual, weight, eps, unit_offset, total, out.packed, out.tensor)
+        program.add_rms_norm(x, residual, x_weight, weight, eps, unit_offset, total, out.packed, out.tensor)
         self._finish(program, x.shape[0])
         return out, total
 
@@ -261,12 +269,17 @@ class CpuBackend(HostBackend):
         self._finish(program, x.num_rows)
         return y
 
+    def _as_packed(self, program: _native.Program, x: CpuLinearInput, linear: CpuLinear | CpuExperts) -> CpuLinearInput:
+        """x in the layouts of a linear, packed here if it came dense."""
+        if x.tensor is None:
+            return x
+        packed = self._packed_input(x.num_rows, linear)
+        program.quantize(x.tensor, packed.packed)
+        return packed
+
     def _inputs(self, program: _native.Program, x: CpuLinearInput, linear: CpuLinear) -> list[Tensor]:
-        """x in the layout of each part, packed here if it came dense."""
-        if x.tensor is not None:
-            packed = self._packed_input(x.num_rows, linear)
-            program.quantize(x.tensor, packed.packed)
-            x = packed
+        """x in the layout of each part."""
+        x = self._as_packed(program, x, linear)
         buffers = []
         for part in linear.parts:
             buffer = x.buffer_for(part.activations)
@@ -337,6 +350,26 @@ class CpuBackend(HostBackend):
         program.gated_linear(linear.parts, inputs, between, activation, out.packed, out.tensor)
         self._finish(program, x.num_rows)
         return out
+
+    def moe(self, x: LinearInput, experts: PreparedExperts, activation: Activation) -> Tensor:
+        assert isinstance(x, CpuLinearInput)
+        mixture = expect_cpu_experts(experts)
+        routing, program = mixture.routing, self._program(None, mixture)
+        x = self._as_packed(program, x, mixture)
+        y = self._empty(x.num_rows, mixture.out_features)
+        program.moe(
+            mixture.router.parts,
+            self._inputs(program, x, mixture.router),
+            x.packed,
+            [(gate_up.parts, down.parts[0]) for gate_up, down in mixture.experts],
+            routing.num_active,
+            routing.renormalize,
+            routing.shared,
+            activation,
+            y,
+        )
+        self._finish(program, x.num_rows)
+        return y
 
     def pick_rows(
         self, x: LinearInput, residual: Tensor, batch: ForwardBatch, for_linear: PreparedLinear | None = None

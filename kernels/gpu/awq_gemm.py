@@ -259,8 +259,8 @@ def align_experts(expert_ids: Tensor, num_experts: int, block_m: int) -> tuple[T
     block_ends = blocks.cumsum(0)
     first_slot = (block_ends - blocks) * block_m
     first_choice = counts.cumsum(0) - counts
-    ordered = flat[order]
-    slots = first_slot[ordered] + torch.arange(num_choices, device=device) - first_choice[ordered]
+    ordered = flat.gather(0, order)
+    slots = (first_slot - first_choice).gather(0, ordered) + torch.arange(num_choices, device=device)
     rows = torch.full((max_blocks * block_m,), -1, dtype=torch.int32, device=device)
     rows.scatter_(0, slots, order.to(torch.int32))
     block = torch.arange(max_blocks, device=device)

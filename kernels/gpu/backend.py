@@ -7,7 +7,7 @@ Activations are 16 bit, the residual stream and all sums fp32.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,19 +18,22 @@ from kernels.backend import (
     Activation,
     AttentionShape,
     BackendOptions,
+    ExpertWeights,
     KVCache,
     KVCacheSpec,
     LinearInput,
     Penalties,
     PreparedEmbedding,
+    PreparedExperts,
     PreparedLinear,
     QKNorm,
     RotaryTable,
+    Routing,
     SampledRows,
 )
 from kernels.batch import FORWARD_BUFFERS, SAMPLING_BUFFERS, ForwardBatch, SamplingBatch
 from kernels.format import AwqWeight, DenseWeight
-from kernels.gpu import attention, awq_gemm, fused, sampling
+from kernels.gpu import attention, awq_gemm, fused, moe, sampling
 from kernels.gpu.autotune import cache_path, choose, load
 from kernels.gpu.awq_gemm import PackedAwq
 from kernels.gpu.device import Device, Staging
@@ -41,6 +44,7 @@ from kernels.gpu.tuning import (
     attention_config,
     attention_segment,
     dense_tile,
+    expert_config,
     gemm_config,
     graph_bucket,
     regimes,
@@ -151,6 +155,7 @@ class GpuBackend:
         self._staging: Staging | None = None
         self._result: tuple[Tensor, Tensor] | None = None
         self._quantized_shapes: set[tuple[int, int, int]] = set()  # N, K, group size
+        self._expert_shapes: set[tuple[int, int, int]] = set()  # experts of a token, of a layer, group size
         self._dtype_name = str(self.dtype).removeprefix("torch.")
         self.tuned = load(cache_path(device.chip))
         logger.info(
@@ -183,6 +188,16 @@ class GpuBackend:
             return awq_gemm.pack(placed, self.dtype)
         logger.warning("%s: group size %d is not a multiple of 32: expanded to 16 bit", weight.name, weight.group_size)
         return placed.dequantize(self.dtype)
+
+    def prepare_experts(
+        self, router: DenseWeight, experts: Iterable[ExpertWeights], routing: Routing
+    ) -> moe.GpuExperts:
+        prepared = moe.prepare(self, router, experts, routing)
+        if prepared.stacked is not None:
+            gate_up, down = prepared.stacked
+            for part in (*gate_up, down):
+                self._expert_shapes.add((routing.num_active, down.num_experts, part.group_size))
+        return prepared
 
     def prepare_head(self, weight: DenseWeight | AwqWeight) -> GpuLinear:
         return self.prepare_linear([weight], None)
@@ -281,31 +296,33 @@ class GpuBackend:
     def _empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
 
-    def embed(self, batch: ForwardBatch, embedding: PreparedEmbedding) -> Tensor:
+    def embed(self, batch: ForwardBatch, embedding: PreparedEmbedding, scale: float = 1.0) -> Tensor:
         assert isinstance(embedding, GpuEmbedding)
         num_tokens = self._extent(batch).num_tokens
         out = self._empty(num_tokens, embedding.weight.shape[1])
-        fused.embed(batch.input_ids[:num_tokens], embedding.weight, out)
+        fused.embed(batch.input_ids[:num_tokens], embedding.weight, scale, out)
         return out
 
     def add_rms_norm(
         self,
         x: Tensor,
         residual: Tensor | None,
-        weight: Tensor,
+        weight: Tensor | None,
         eps: float,
         unit_offset: bool = False,
         for_linear: PreparedLinear | None = None,
+        x_weight: Tensor | None = None,
     ) -> tuple[GpuInput, Tensor]:
         out, total = self._empty(*x.shape), self._empty(*x.shape, dtype=torch.float32)
-        fused.add_rms_norm(x, residual, weight, out, total, eps, unit_offset)
+        fused.add_rms_norm(x, residual, x_weight, weight, out, total, eps, unit_offset)
         return GpuInput(out), total
 
     def linear(self, x: LinearInput, weight: PreparedLinear) -> Tensor:
         assert isinstance(x, GpuInput) and isinstance(weight, GpuLinear)
-        return self._linear(x.tensor, weight, self._empty(x.tensor.shape[0], weight.out_features))
+        return self.product(x.tensor, weight, self._empty(x.tensor.shape[0], weight.out_features))
 
-    def _linear(self, x: Tensor, weight: GpuLinear, out: Tensor) -> Tensor:
+    def product(self, x: Tensor, weight: GpuLinear, out: Tensor) -> Tensor:
+        """out, [rows, N] in 16 bit or fp32, of x [rows, K]."""
         if x.shape[0] == 0:  # a step of prompts' middles picks no rows
             return out
         first = 0
@@ -340,6 +357,9 @@ class GpuBackend:
             return gemm_config(self.gpu.chip, rows, n, k, group_size, batch_invariant=True)
         return choose(self.gpu.chip, self.tuned, rows, n, k, group_size, self._dtype_name)
 
+    def expert_config(self, num_rows: int, num_experts: int, group_size: int) -> GemmConfig:
+        return expert_config(self.gpu.chip, num_rows, num_experts, group_size, self.options.batch_invariant)
+
     def reserve(self, max_rows: int) -> list[int]:
         """Makes the workspaces that products of up to max_rows rows may ask for. Returns row counts that between them run every
         configuration of every product."""
@@ -350,7 +370,8 @@ class GpuBackend:
             found = [(n, self._config(rows, n, k, group_size)) for n, k, group_size in self._quantized_shapes]
             partials = max([partials, *(config.partials(rows, n) for n, config in found)])
             arrivals = max([arrivals, *(config.arrivals(rows, n) for n, config in found)])
-            return tuple(config for _, config in found)
+            grouped = [self.expert_config(rows * active, count, size) for active, count, size in self._expert_shapes]
+            return (*(config for _, config in found), *grouped)
 
         tried = regimes(configs, max_rows)
         self.workspace.take("partials", partials, torch.float32)
@@ -437,6 +458,10 @@ class GpuBackend:
         fused.act_and_mul(gate_up, out, activation == "gelu_tanh")
         return GpuInput(out)
 
+    def moe(self, x: LinearInput, experts: PreparedExperts, activation: Activation) -> Tensor:
+        assert isinstance(x, GpuInput) and isinstance(experts, moe.GpuExperts)
+        return moe.compute(self, x.tensor, experts, activation)
+
     def pick_rows(
         self, x: LinearInput, residual: Tensor, batch: ForwardBatch, for_linear: PreparedLinear | None = None
     ) -> tuple[GpuInput, Tensor]:
@@ -451,7 +476,7 @@ class GpuBackend:
     def logits(self, hidden: LinearInput, head: PreparedLinear, soft_cap: float | None = None) -> Tensor:
         assert isinstance(hidden, GpuInput) and isinstance(head, GpuLinear)
         out = self._empty(hidden.tensor.shape[0], head.out_features, dtype=torch.float32)
-        self._linear(hidden.tensor, head, out)
+        self.product(hidden.tensor, head, out)
         if soft_cap is not None:
             fused.soft_cap(out, soft_cap)
         return out

@@ -24,12 +24,13 @@ def tanh(x):
 
 
 @triton.jit
-def embed_kernel(ids_ptr, table_ptr, out_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def embed_kernel(ids_ptr, table_ptr, out_ptr, scale, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(ids_ptr + token).to(tl.int64)
     value = tl.load(table_ptr + row * WIDTH + columns, mask=columns < WIDTH, other=0.0)
-    tl.store(out_ptr + token * WIDTH + columns, value, mask=columns < WIDTH)
+    value = value.to(tl.float32) * scale
+    tl.store(out_ptr + token * WIDTH + columns, value.to(out_ptr.dtype.element_ty), mask=columns < WIDTH)
 
 
 @triton.jit
@@ -47,7 +48,8 @@ def gather_rows_kernel(x_ptr, rows_ptr, counts_ptr, out_ptr, x_stride, WIDTH: tl
 def add_rms_norm_kernel(
     x_ptr,
     residual_ptr,  # fp32 or None
-    weight_ptr,  # fp32
+    x_weight_ptr,  # fp32, or None: x goes into the sum as it is
+    weight_ptr,  # fp32, or None: what goes out is the sum
     out_ptr,
     total_ptr,  # fp32
     eps,
@@ -59,14 +61,23 @@ def add_rms_norm_kernel(
     columns = tl.arange(0, BLOCK)
     mask = columns < WIDTH
     total = tl.load(x_ptr + row * WIDTH + columns, mask=mask, other=0.0).to(tl.float32)
+    if x_weight_ptr is not None:
+        total *= tl.rsqrt(tl.sum(total * total, 0) * (1.0 / WIDTH) + eps)
+        x_weight = tl.load(x_weight_ptr + columns, mask=mask, other=0.0)
+        if UNIT_OFFSET:
+            x_weight += 1.0
+        total *= x_weight
     if residual_ptr is not None:
         total += tl.load(residual_ptr + row * WIDTH + columns, mask=mask, other=0.0)
     tl.store(total_ptr + row * WIDTH + columns, total, mask=mask)
-    normed = total * tl.rsqrt(tl.sum(total * total, 0) * (1.0 / WIDTH) + eps)
-    weight = tl.load(weight_ptr + columns, mask=mask, other=0.0)
-    if UNIT_OFFSET:
-        weight += 1.0
-    tl.store(out_ptr + row * WIDTH + columns, (normed * weight).to(out_ptr.dtype.element_ty), mask=mask)
+    normed = total
+    if weight_ptr is not None:
+        normed *= tl.rsqrt(tl.sum(total * total, 0) * (1.0 / WIDTH) + eps)
+        weight = tl.load(weight_ptr + columns, mask=mask, other=0.0)
+        if UNIT_OFFSET:
+            weight += 1.0
+        normed *= weight
+    tl.store(out_ptr + row * WIDTH + columns, normed.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -98,7 +109,7 @@ def rope_and_store_kernel(
     value_ptr,
     key_scale_ptr,  # fp32 [blocks, kv heads, BLOCK_SIZE] with int8, else None
     value_scale_ptr,
-    q_norm_ptr,  # fp32 [D] or None
+    q_norm_ptr,  # fp32 [D], with NORM_ALL_HEADS [heads * D]; or None
     k_norm_ptr,
     cos_ptr,  # fp32 [positions, HALF] or None
     sin_ptr,
@@ -113,6 +124,7 @@ def rope_and_store_kernel(
     HALF: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     UNIT_OFFSET: tl.constexpr,
+    NORM_ALL_HEADS: tl.constexpr,
 ):
     """One program per token and head of q, k and v. The partner of a rotated channel is read a second time: it is in cache."""
     token = tl.program_id(0)
@@ -131,7 +143,17 @@ def rope_and_store_kernel(
             norm_ptr = q_norm_ptr
             if head >= HEADS:
                 norm_ptr = k_norm_ptr
-            rstd = tl.rsqrt(tl.sum(x * x, 0) * (1.0 / D) + eps)
+            squares, inverse_width = x * x, 1.0 / D
+            if NORM_ALL_HEADS:  # every head's program sums over all of them: they are in cache
+                first = tl.where(head < HEADS, 0, HEADS)
+                count = tl.where(head < HEADS, HEADS, KV_HEADS)
+                norm_ptr += (head - first) * D
+                squares = tl.zeros([BLOCK_D], tl.float32)
+                inverse_width = tl.where(head < HEADS, 1.0 / (HEADS * D), 1.0 / (KV_HEADS * D))
+                for i in range(count):
+                    others = tl.load(source + (first + i - head) * D + channels, mask=mask, other=0.0).to(tl.float32)
+                    squares += others * others
+            rstd = tl.rsqrt(tl.sum(squares, 0) * inverse_width + eps)
             weight = tl.load(norm_ptr + channels, mask=mask, other=0.0)
             other_weight = tl.load(norm_ptr + partner, mask=rotates, other=0.0)
             if UNIT_OFFSET:
@@ -170,11 +192,11 @@ def rope_and_store_kernel(
         tl.store(cache_ptr + row * D + channels, x.to(key_ptr.dtype.element_ty), mask=mask)
 
 
-def _embed(ids: Tensor, table: Tensor, out: Tensor) -> None:
+def _embed(ids: Tensor, table: Tensor, scale: float, out: Tensor) -> None:
     width = table.shape[1]
     block = min(1024, triton.next_power_of_2(width))
     expect(out.shape[1] == width, "embed", f"out has {out.shape[1]} columns, the table {width}")
-    launch(embed_kernel, (out.shape[0], -(-width // block)), ids, table, out, WIDTH=width, BLOCK=block)
+    launch(embed_kernel, (out.shape[0], -(-width // block)), ids, table, out, scale, WIDTH=width, BLOCK=block)
 
 
 def _gather_rows(x: Tensor, rows: Tensor, counts: Tensor, out: Tensor) -> None:
@@ -185,13 +207,22 @@ def _gather_rows(x: Tensor, rows: Tensor, counts: Tensor, out: Tensor) -> None:
 
 
 def _add_rms_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, out: Tensor, total: Tensor, eps: float, unit_offset: bool
+    x: Tensor,
+    residual: Tensor | None,
+    x_weight: Tensor | None,
+    weight: Tensor | None,
+    out: Tensor,
+    total: Tensor,
+    eps: float,
+    unit_offset: bool,
 ) -> None:
     rows, width = x.shape
-    expect(weight.shape == (width,), "add_rms_norm", f"weight has shape {list(weight.shape)}, x {width} columns")
+    for given in (x_weight, weight):
+        if given is not None:
+            expect(given.shape == (width,), "add_rms_norm", f"weight has shape {list(given.shape)}, x {width} columns")
     block = triton.next_power_of_2(width)
     launch(
-        add_rms_norm_kernel, (rows,), x, residual, weight, out, total, eps, WIDTH=width, BLOCK=block,
+        add_rms_norm_kernel, (rows,), x, residual, x_weight, weight, out, total, eps, WIDTH=width, BLOCK=block,
         UNIT_OFFSET=unit_offset, num_warps=min(16, max(1, block // 512)), num_stages=1,
     )  # fmt: skip
 
@@ -232,6 +263,11 @@ def _rope_and_store(
         "rope_and_store",
         f"qkv has shape {list(qkv.shape)}, expected [{tokens}, {(heads + 2 * kv_heads) * head_dim}]",
     )
+    widths = (heads * head_dim, kv_heads * head_dim)
+    all_heads = q_norm is not None and q_norm.shape[0] != head_dim
+    if q_norm is not None and k_norm is not None:
+        shapes, expected = (q_norm.shape[0], k_norm.shape[0]), widths if all_heads else (head_dim, head_dim)
+        expect(shapes == expected, "rope_and_store", f"norm weights of {shapes} channels, expected {expected}")
     launch(
         rope_and_store_kernel,
         (tokens, heads + 2 * kv_heads),
@@ -256,16 +292,17 @@ def _rope_and_store(
         HALF=cos.shape[1] if cos is not None else 0,
         BLOCK_SIZE=block_size,
         UNIT_OFFSET=unit_offset,
+        NORM_ALL_HEADS=all_heads,
         num_warps=1,
         num_stages=1,
     )
 
 
-embed = define("embed(Tensor ids, Tensor table, Tensor(a!) out) -> ()", _embed)
+embed = define("embed(Tensor ids, Tensor table, float scale, Tensor(a!) out) -> ()", _embed)
 gather_rows = define("gather_rows(Tensor x, Tensor rows, Tensor counts, Tensor(a!) out) -> ()", _gather_rows)
 add_rms_norm = define(
-    "add_rms_norm(Tensor x, Tensor? residual, Tensor weight, Tensor(a!) out, Tensor(b!) total, float eps, "
-    "bool unit_offset) -> ()",
+    "add_rms_norm(Tensor x, Tensor? residual, Tensor? x_weight, Tensor? weight, Tensor(a!) out, Tensor(b!) total, "
+    "float eps, bool unit_offset) -> ()",
     _add_rms_norm,
 )
 act_and_mul = define("act_and_mul(Tensor gate_up, Tensor(a!) out, bool gelu) -> ()", _act_and_mul)

@@ -131,15 +131,18 @@ def _scale_cases(arch: str) -> Iterator[Case]:
 
 
 def _expert_cases(arch: str) -> Iterator[Case]:
-    """Grouped over experts: into them (two per token) at every tile, out of them, and batch invariant."""
+    """Grouped over experts, into them (two per token) and out of them: at every tile, and batch invariant."""
     chip, use_ptx = chip_of(arch), arch.startswith("sm_")
     for dtype in dtypes_of(arch):
         for label, mean, top_k, invariant in (
             ("experts, M<=16", 16, 2, False),
             ("experts, M<=32", 32, 2, False),
             ("experts, M<=64", 64, 2, False),
-            ("experts, down", 16, 1, False),
             ("experts, batch invariant", 16, 2, True),
+            ("experts down, M<=16", 16, 1, False),
+            ("experts down, M<=32", 32, 1, False),
+            ("experts down, M<=64", 64, 1, False),
+            ("experts down, batch invariant", 16, 1, True),
         ):
             config = expert_config(chip, mean * 8, 8, 128, invariant)
             if f"M<={config.block_m}" not in label and "M<=" in label:

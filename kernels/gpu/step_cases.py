@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.gpu import attention, fused, sampling
+from kernels.gpu import attention, fused, moe, sampling
 from kernels.gpu.case import Case, chip_of, dtypes_of, launches, meta
 from kernels.gpu.tuning import Chip, attention_config, dense_tile
 
@@ -115,38 +115,53 @@ def _elementwise(chip: Chip, dtype: torch.dtype) -> dict[str, Callable[[], Any]]
     def whole(*shape: int) -> Tensor:
         return meta(*shape, dtype=torch.int32)
 
-    def rope(int8: bool, normed: bool = True, rotated: bool = True, unit_offset: bool = False) -> None:
+    def rope(
+        int8: bool, normed: bool = True, rotated: bool = True, unit_offset: bool = False, all_heads: bool = False
+    ) -> None:
         pool = [meta(64, 8, 16, 128, dtype=torch.int8 if int8 else dtype) for _ in range(2)]
         scales = [single(64, 8, 16) if int8 else None for _ in range(2)]
-        norm, table = single(128) if normed else None, single(4096, 64) if rotated else None
+        norms = [single(128 * heads if all_heads else 128) if normed else None for heads in (32, 8)]
+        table = single(4096, 64) if rotated else None
         fused.rope_and_store(
-            half(16, 6144), half(16, 32, 128), *pool, *scales, norm, norm, table, table, whole(16), whole(16), whole(3),
+            half(16, 6144), half(16, 32, 128), *pool, *scales, *norms, table, table, whole(16), whole(16), whole(3),
             1e-6, unit_offset,
         )  # fmt: skip
 
-    def norm(width: int, has_residual: bool, unit_offset: bool) -> None:
+    def norm(width: int, has_residual: bool, unit_offset: bool, of_x: bool = False, of_total: bool = True) -> None:
         residual = single(16, width) if has_residual else None
-        fused.add_rms_norm(
-            half(16, width), residual, single(width), half(16, width), single(16, width), 1e-5, unit_offset
-        )
+        weights = [single(width) if wanted else None for wanted in (of_x, of_total)]
+        fused.add_rms_norm(half(16, width), residual, *weights, half(16, width), single(16, width), 1e-5, unit_offset)
 
     def dense(has_bias: bool, out_dtype: torch.dtype) -> None:
         bias = single(1024) if has_bias else None
         fused.dense(half(64, 4096), half(1024, 4096), bias, meta(64, 1024, dtype=out_dtype), *dense_tile(chip))
 
+    def combine(is_shared: bool) -> None:
+        shared = half(16, 4096) if is_shared else None
+        moe.combine(half(32, 4096), shared, single(16, 3 if is_shared else 2), half(16, 4096))
+
     return {
-        "embed": lambda: fused.embed(whole(16), half(1000, 4096), half(16, 4096)),
+        "moe_combine": lambda: combine(False),
+        "moe_combine, shared": lambda: combine(True),
+        "embed": lambda: fused.embed(whole(16), half(1000, 4096), 1.0, half(16, 4096)),
         "gather_rows": lambda: fused.gather_rows(half(16, 4096), whole(16), whole(3), half(16, 4096)),
         "gather_rows, fp32": lambda: fused.gather_rows(single(16, 4096), whole(16), whole(3), single(16, 4096)),
         "add_rms_norm": lambda: norm(4096, True, False),
         "add_rms_norm, 8192": lambda: norm(8192, True, True),
         "add_rms_norm, first": lambda: norm(4096, False, False),
         "add_rms_norm, first, 1 + w": lambda: norm(4096, False, True),
+        "add_rms_norm, first, none": lambda: norm(4096, False, False, of_total=False),
+        "add_rms_norm, of x too": lambda: norm(4096, True, False, of_x=True),
+        "add_rms_norm, of x too, 1 + w": lambda: norm(5376, True, True, of_x=True),
+        "add_rms_norm, of x alone": lambda: norm(5120, True, False, of_x=True, of_total=False),
         "rope_and_store": lambda: rope(False),
         "rope_and_store, int8": lambda: rope(True),
         "rope_and_store, no norm": lambda: rope(False, normed=False),
         "rope_and_store, no norm, int8": lambda: rope(True, normed=False),
         "rope_and_store, no rotation": lambda: rope(False, normed=False, rotated=False),
+        "rope_and_store, normed over all heads": lambda: rope(False, all_heads=True),
+        "rope_and_store, normed over all heads, int8": lambda: rope(True, all_heads=True),
+        "rope_and_store, no rotation, int8": lambda: rope(True, normed=False, rotated=False),
         "rope_and_store, 1 + w": lambda: rope(False, unit_offset=True),
         "rope_and_store, 1 + w, int8": lambda: rope(True, unit_offset=True),
         "act_and_mul, silu": lambda: fused.act_and_mul(half(16, 28672), half(16, 14336), False),
@@ -158,7 +173,7 @@ def _elementwise(chip: Chip, dtype: torch.dtype) -> dict[str, Callable[[], Any]]
 
 
 def _after() -> dict[str, Callable[[], Any]]:
-    """What becomes of the logits, which are fp32 whatever the activations are."""
+    """What becomes of logits, which are fp32 whatever the activations are: the routers' too."""
 
     def single(*shape: int) -> Tensor:
         return meta(*shape, dtype=torch.float32)
@@ -173,6 +188,10 @@ def _after() -> dict[str, Callable[[], Any]]:
 
     long = meta(64, dtype=torch.int64)
     return {
+        "moe_route": lambda: moe.route(single(64, 8), whole(64, 2), single(64, 2), True),
+        "moe_route, shared": lambda: moe.route(single(64, 61), whole(64, 4), single(64, 5), False),
+        "moe_route, shared, of the active": lambda: moe.route(single(64, 61), whole(64, 4), single(64, 5), True),
+        "moe_route, 8 of 128": lambda: moe.route(single(64, 128), whole(64, 8), single(64, 8), False),
         "soft_cap": lambda: fused.soft_cap(single(16, 128256), 30.0),
         "sample": lambda: sampling.sample(
             single(64, 128256), single(64), whole(64), single(64), single(64), long, long, whole(2, 64)

@@ -135,7 +135,7 @@ def timed_budget(model: ModelConfig, max_tokens: int, seconds_per_token: float) 
     token and key, each as dear as ATTENTION_PRICE of the linears'."""
     hidden, q_size = model.hidden_size, model.num_heads * model.head_dim
     kv_size = model.num_kv_heads * model.head_dim
-    per_layer = hidden * (2 * q_size + 2 * kv_size + 3 * model.intermediate_size)
+    per_layer = hidden * (2 * q_size + 2 * kv_size + 3 * model.active_intermediate_size)
     balanced_context = per_layer / (2 * q_size * ATTENTION_PRICE)
     return StepBudget(max_tokens, max(MIN_STEP_TOKENS, STEP_SECONDS / seconds_per_token), balanced_context)
 
@@ -182,7 +182,7 @@ def build_engine(config: EngineConfig, epoch: int = 0) -> Engine:
         backend.kv_block_nbytes(kv_spec(1)),
         decoder.weights.nbytes,
         backend.workspace_nbytes(
-            max_batched, config.max_num_seqs, model.hidden_size, model.intermediate_size, model.vocab_size
+            max_batched, config.max_num_seqs, model.hidden_size, model.active_intermediate_size, model.vocab_size
         ),
         _memory(backend),
         GPU_POOL_SHARE if on_gpu else DEFAULT_POOL_SHARE,

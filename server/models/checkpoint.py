@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ class TensorInfo:
     """Where a tensor lies and what its header says, without reading it."""
 
     file: str
+    stored_name: str
     dtype: str
     shape: tuple[int, ...]
 
@@ -30,21 +31,27 @@ class TensorInfo:
 class Checkpoint:
     """All tensors of the safetensors files in a directory, sharded or not.
 
-    Reads no data until `read`. Raises ModelError, naming the file, for missing, truncated or foreign files.
+    `rename` makes a tensor's name of the one it is stored under, or None where it is passed over; `ignored` counts those. Reads
+    no data until `read`. Raises ModelError, naming the file, for missing, truncated or foreign files.
     """
 
-    def __init__(self, model_dir: Path) -> None:
+    def __init__(self, model_dir: Path, rename: Callable[[str], str | None] = str) -> None:
         self.model_dir = model_dir
+        self.ignored = 0
         self.tensors: dict[str, TensorInfo] = {}
         self._read: set[str] = set()
         self._files: dict[str, safe_open] = {}
         for file in _safetensors_files(model_dir):
             handle = self._open(file)
-            for name in handle.keys():  # noqa: SIM118 (not a mapping)
-                part = handle.get_slice(name)
+            for stored_name in handle.keys():  # noqa: SIM118 (not a mapping)
+                name = rename(stored_name)
+                if name is None:
+                    self.ignored += 1
+                    continue
+                part = handle.get_slice(stored_name)
                 if name in self.tensors:
                     raise ModelError(f"{file}: tensor {name} is also in {self.tensors[name].file}")
-                self.tensors[name] = TensorInfo(file, part.get_dtype(), tuple(part.get_shape()))
+                self.tensors[name] = TensorInfo(file, stored_name, part.get_dtype(), tuple(part.get_shape()))
 
     def _open(self, file: str) -> safe_open:
         if file not in self._files:
@@ -73,7 +80,7 @@ class Checkpoint:
         info = self.expect(name)
         self._read.add(name)
         try:
-            return self._open(info.file).get_tensor(name)
+            return self._open(info.file).get_tensor(info.stored_name)
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{info.file}: tensor {name} cannot be read ({error})") from None
 

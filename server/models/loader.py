@@ -2,34 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from kernels.backend import Backend, PreparedLinear, QKNorm
+from kernels.backend import Backend, PreparedLinear, QKNorm, RotaryTable
 from kernels.format import AwqWeight, DenseWeight
 from server.model_config import ModelConfig, ModelError
 from server.models.checkpoint import Checkpoint
 from server.models.decoder import Decoder, DecoderLayer, DecoderWeights
 from server.models.formats import check_module, is_quantized, read_module
+from server.models.mixture import mixture_linears, prepare_mixture
+from server.models.mlp import DenseMlp, MixtureMlp, Mlp
 from server.models.rotary import rotary_table
 
-FLOAT_DTYPES = ("F16", "BF16", "F32")
+logger = logging.getLogger(__name__)
 
-FUSED_LINEARS: Mapping[str, tuple[str, ...]] = {
-    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "o": ("self_attn.o_proj",),
-    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
-    "down": ("mlp.down_proj",),
-}
-"""Which of a layer's modules are computed as one linear, in the order of their outputs."""
+FLOAT_DTYPES = ("F16", "BF16", "F32")
 
 EMBEDDING = "model.embed_tokens"
 HEAD = "lm_head"
 FINAL_NORM = "model.norm"
-_LAYER_NORMS = ("input_layernorm", "post_attention_layernorm")
+_O = "self_attn.o_proj"
+_DOWN = "mlp.down_proj"
 _QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 # Tensors that checkpoints carry and that mean nothing to us: frequencies are computed from the config.
 _IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
@@ -40,10 +39,12 @@ def load_decoder(model_dir: Path, config: ModelConfig, backend: Backend, max_mod
 
     Raises ModelError or FormatError naming file, tensor, expected and found.
     """
-    checkpoint = Checkpoint(model_dir)
+    checkpoint = Checkpoint(model_dir, config.wrapper.rename) if config.wrapper else Checkpoint(model_dir)
+    if config.wrapper and checkpoint.ignored:
+        logger.info("%s is not served: %d tensors are passed over", config.wrapper.ignored_as, checkpoint.ignored)
     check_tensors(checkpoint, config)
-    reader = _Reader(checkpoint, config, backend)
     with torch.inference_mode():
+        reader = _Reader(checkpoint, config, backend, max_model_len)
         embedding = DenseWeight(EMBEDDING, checkpoint.read(f"{EMBEDDING}.weight"))
         head: AwqWeight | DenseWeight = embedding
         if not config.tie_word_embeddings or is_quantized(checkpoint, HEAD):
@@ -51,42 +52,70 @@ def load_decoder(model_dir: Path, config: ModelConfig, backend: Backend, max_mod
         weights = DecoderWeights(
             embedding=backend.prepare_embedding(embedding),
             layers=[reader.layer(index) for index in range(config.num_layers)],
-            final_norm=backend.prepare_norm(checkpoint.read(f"{FINAL_NORM}.weight")),
+            final_norm=reader.final_norm(),
             head=backend.prepare_head(head),
         )
-        rotary = backend.prepare_rotary(*rotary_table(config, max_model_len))
     checkpoint.close()
-    return Decoder(config, backend, weights, rotary)
+    return Decoder(config, backend, weights)
 
 
 class _Reader:
     """Reads modules and hands them to the back end."""
 
-    def __init__(self, checkpoint: Checkpoint, config: ModelConfig, backend: Backend) -> None:
+    def __init__(self, checkpoint: Checkpoint, config: ModelConfig, backend: Backend, max_model_len: int) -> None:
         self.checkpoint, self.config, self.backend = checkpoint, config, backend
+        ropes = {id(rope): rope for rope in config.layer_ropes if rope is not None}
+        self.halves = _halves(config) if config.architecture.interleaved_rope else None
+        self.rotary: dict[int, RotaryTable] = {
+            key: backend.prepare_rotary(*rotary_table(rope, config.max_position_embeddings, max_model_len))
+            for key, rope in ropes.items()
+        }
 
     def layer(self, index: int) -> DecoderLayer:
-        prefix = f"model.layers.{index}"
-        linears = {
-            role: self.linear([f"{prefix}.{module}" for module in modules]) for role, modules in FUSED_LINEARS.items()
-        }
-        norms = [self.norm(f"{prefix}.{name}") for name in _LAYER_NORMS]
+        prefix, architecture = f"model.layers.{index}", self.config.architecture
+        norms, rope = architecture.norms, self.config.layer_ropes[index]
+
+        def linear(*modules: str) -> PreparedLinear:
+            return self.linear([f"{prefix}.{module}" for module in modules])
+
+        def norm(name: str | None) -> Tensor | None:
+            return None if name is None else self.norm(f"{prefix}.{name}")
+
         qk_norm = None
-        if self.config.qk_norm:
+        if architecture.qk_norm != "none":
             q_weight, k_weight = (self.norm(f"{prefix}.{name}") for name in _QK_NORMS)
-            qk_norm = QKNorm(q_weight, k_weight, self.config.rms_norm_eps)
+            qk_norm = QKNorm(q_weight, k_weight, self.config.rms_norm_eps, architecture.unit_offset_norms)
         return DecoderLayer(
-            input_norm=norms[0],
-            post_attention_norm=norms[1],
+            input_norm=norm(norms.input),
+            qkv=self.linear([f"{prefix}.{module}" for module in architecture.qkv], self.halves),
             qk_norm=qk_norm,
+            o=linear(_O),
+            attention_output_norm=norm(norms.attention_output),
+            mlp_input_norm=norm(norms.mlp_input),
+            mlp=self.mlp(prefix, index),
+            mlp_output_norm=norm(norms.mlp_output),
             sliding_window=self.config.sliding_windows[index],
-            **linears,
+            rotary=self.rotary[id(rope)] if rope is not None else None,
         )
+
+    def mlp(self, prefix: str, index: int) -> Mlp:
+        mixture = self.config.mixture
+        if mixture is not None and index in mixture.layers:
+            return MixtureMlp(prepare_mixture(self.backend, mixture, prefix, self.weight))
+        gate_up = self.linear([f"{prefix}.{module}" for module in self.config.architecture.gate_up])
+        return DenseMlp(gate_up, self.linear([f"{prefix}.{_DOWN}"]))
 
     def norm(self, name: str) -> Tensor:
         return self.backend.prepare_norm(self.checkpoint.read(f"{name}.weight"))
 
-    def linear(self, modules: Sequence[str]) -> PreparedLinear:
+    def final_norm(self) -> Tensor:
+        """The last norm's weight, which takes the scale of the logits in: nothing but the head reads it."""
+        weight = self.checkpoint.read(f"{FINAL_NORM}.weight").float()
+        offset = 1.0 if self.config.architecture.unit_offset_norms else 0.0
+        return self.backend.prepare_norm((weight + offset) * self.config.scales.logits - offset)
+
+    def linear(self, modules: Sequence[str], order: Tensor | None = None) -> PreparedLinear:
+        """order: of the outputs of all the modules, none of which leaves its own."""
         weights = [self.weight(module) for module in modules]
         has_bias = [f"{module}.bias" in self.checkpoint for module in modules]
         bias = None
@@ -97,6 +126,13 @@ class _Reader:
                     for module, weight, present in zip(modules, weights, has_bias, strict=True)
                 ]
             )
+        if order is not None:
+            starts = accumulate((weight.out_features for weight in weights), initial=0)
+            weights = [
+                weight.select_outputs(order[start : start + weight.out_features] - start)
+                for weight, start in zip(weights, starts, strict=False)
+            ]
+            bias = bias[order] if bias is not None else None
         return self.backend.prepare_linear(weights, bias)
 
     def weight(self, module: str) -> AwqWeight | DenseWeight:
@@ -104,6 +140,18 @@ class _Reader:
             assert self.config.quantization is not None
             return read_module(self.checkpoint, self.config.quantization, module)
         return DenseWeight(module, self.checkpoint.read(f"{module}.weight"))
+
+
+def _halves(config: ModelConfig) -> Tensor:
+    """The order of q, k and v rows in which channels that rotate together are half the rotary size apart, as back ends have them,
+    for a checkpoint that has them side by side. Scores do not change: queries and keys are permuted alike."""
+    size, rotary_dim = config.head_dim, config.rope.rotary_dim
+    rotated, rest = torch.arange(rotary_dim), torch.arange(rotary_dim, size)
+    head = torch.cat((rotated[0::2], rotated[1::2], rest))
+    num_rotating = config.num_heads + config.num_kv_heads
+    heads = torch.arange(num_rotating)[:, None] * size + head
+    values = torch.arange(num_rotating * size, (num_rotating + config.num_kv_heads) * size)
+    return torch.cat((heads.flatten(), values))
 
 
 def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
@@ -122,8 +170,14 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
         if bias or f"{module}.bias" in checkpoint:
             dense(f"{module}.bias", (out_features,))
 
-    hidden, inner = config.hidden_size, config.intermediate_size
+    def fused(prefix: str, modules: Sequence[str], sizes: Sequence[int], bias: bool) -> None:
+        """Modules of one linear: one for each of the sizes, or one for all."""
+        for module, size in zip(modules, sizes if len(modules) > 1 else [sum(sizes)], strict=True):
+            linear(f"{prefix}.{module}", size, hidden, bias)
+
+    hidden, inner, architecture = config.hidden_size, config.intermediate_size, config.architecture
     q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    qk_widths = (q_size, kv_size) if architecture.qk_norm == "all heads" else (config.head_dim, config.head_dim)
     dense(f"{EMBEDDING}.weight", (config.vocab_size, hidden))
     dense(f"{FINAL_NORM}.weight", (hidden,))
     if not config.tie_word_embeddings or is_quantized(checkpoint, HEAD):
@@ -132,17 +186,18 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
         expected.add(f"{HEAD}.weight")  # some tied checkpoints carry the copy
     for index in range(config.num_layers):
         prefix = f"model.layers.{index}"
-        for norm in _LAYER_NORMS:
+        for norm in architecture.norms.names():
             dense(f"{prefix}.{norm}.weight", (hidden,))
-        for norm in _QK_NORMS if config.qk_norm else ():
-            dense(f"{prefix}.{norm}.weight", (config.head_dim,))
-        linear(f"{prefix}.self_attn.q_proj", q_size, hidden, config.qkv_bias)
-        linear(f"{prefix}.self_attn.k_proj", kv_size, hidden, config.qkv_bias)
-        linear(f"{prefix}.self_attn.v_proj", kv_size, hidden, config.qkv_bias)
-        linear(f"{prefix}.self_attn.o_proj", hidden, q_size, config.o_bias)
-        linear(f"{prefix}.mlp.gate_proj", inner, hidden, config.mlp_bias)
-        linear(f"{prefix}.mlp.up_proj", inner, hidden, config.mlp_bias)
-        linear(f"{prefix}.mlp.down_proj", hidden, inner, config.mlp_bias)
+        for norm, width in zip(_QK_NORMS, qk_widths, strict=True) if architecture.qk_norm != "none" else ():
+            dense(f"{prefix}.{norm}.weight", (width,))
+        fused(prefix, architecture.qkv, (q_size, kv_size, kv_size), config.qkv_bias)
+        linear(f"{prefix}.{_O}", hidden, q_size, config.o_bias)
+        if config.mixture is not None and index in config.mixture.layers:
+            for module, (out_features, in_features) in mixture_linears(config.mixture, prefix, hidden).items():
+                linear(module, out_features, in_features, bias=False)
+            continue
+        fused(prefix, architecture.gate_up, (inner, inner), config.mlp_bias)
+        linear(f"{prefix}.{_DOWN}", hidden, inner, config.mlp_bias)
     surplus = sorted(name for name in checkpoint.tensors.keys() - expected if not name.endswith(_IGNORED_SUFFIXES))
     if surplus:
         more = f" and {len(surplus) - 3} more" if len(surplus) > 3 else ""

@@ -8,24 +8,23 @@ import math
 import torch
 from torch import Tensor
 
-from server.model_config import ModelConfig, ModelError, RopeConfig
+from server.model_config import ModelError, RopeConfig
 
 logger = logging.getLogger(__name__)
 
 
-def rotary_table(config: ModelConfig, max_model_len: int) -> tuple[Tensor, Tensor]:
-    """cos and sin, fp32 [max_model_len, rotary_dim / 2], the attention scaling multiplied in.
+def rotary_table(rope: RopeConfig, max_positions: int, max_model_len: int) -> tuple[Tensor, Tensor]:
+    """cos and sin, fp32 [max_model_len, rotary_dim / 2], the attention scaling multiplied in. max_positions: config.json's.
 
     The types whose frequencies depend on the length ("dynamic", "longrope") are fixed once, for `max_model_len`: a token's
     position then never changes its meaning while a sequence grows, and cached keys stay valid.
     """
-    frequencies, scaling = _frequencies(config, max_model_len)
+    frequencies, scaling = _frequencies(rope, max_positions, max_model_len)
     angles = torch.arange(max_model_len, dtype=torch.float32)[:, None] * frequencies.float()
     return angles.cos() * scaling, angles.sin() * scaling
 
 
-def _frequencies(config: ModelConfig, max_model_len: int) -> tuple[Tensor, float]:
-    rope = config.rope
+def _frequencies(rope: RopeConfig, max_positions: int, max_model_len: int) -> tuple[Tensor, float]:
     match rope.rope_type:
         case "default":
             return _inverse(rope.theta, rope.rotary_dim), 1.0
@@ -34,11 +33,11 @@ def _frequencies(config: ModelConfig, max_model_len: int) -> tuple[Tensor, float
         case "llama3":
             return _llama3(rope), 1.0
         case "yarn":
-            return _yarn(rope, config.max_position_embeddings)
+            return _yarn(rope, max_positions)
         case "dynamic":
-            return _dynamic(rope, config.max_position_embeddings, max_model_len), 1.0
+            return _dynamic(rope, max_positions, max_model_len), 1.0
         case "longrope":
-            return _longrope(rope, config.max_position_embeddings, max_model_len)
+            return _longrope(rope, max_positions, max_model_len)
         case other:
             raise ModelError(f"config.json: rope type {other!r} is not supported")
 

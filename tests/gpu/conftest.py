@@ -43,6 +43,15 @@ def wide_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "awq"
 
 
+@pytest.fixture(scope="module")
+def mixture_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a shared expert, and widths that do not fill a tile."""
+    root = tmp_path_factory.mktemp("mixture")
+    make_tiny_model(root / "source", "qwen2_moe", num_hidden_layers=2)
+    make_awq_checkpoint(root / "source", root / "awq", root / "dense", 32)
+    return root / "awq"
+
+
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCudaDevice]:
     device = FakeCudaDevice()

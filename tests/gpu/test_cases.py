@@ -19,8 +19,10 @@ from kernels.gpu.launch import Launch
 from server.config import EngineConfig
 from server.engine.engine import build_engine
 from server.types import GenerateRequest, SamplingParams
+from tests.awq_checkpoints import make_awq_checkpoint
 from tests.gpu.devices import FakeCudaDevice
 from tests.gpu.launches import name_of, recorded
+from tests.tiny_models import TINY_MODELS, make_tiny_model
 
 Modes = set[tuple[Any, ...]]
 
@@ -53,7 +55,8 @@ def modes(start: Launch) -> Iterator[tuple[Any, ...]]:
         yield (name, kinds["x_ptr"], kinds["out_ptr"])
         yield (name, kinds["bias_ptr"], kinds["out_ptr"] == torch.float32)
     else:
-        switches = {key: constants[key] for key in ("GELU", "UNIT_OFFSET", "WINDOW") if key in constants}
+        names = ("GELU", "UNIT_OFFSET", "NORM_ALL_HEADS", "WINDOW", "RENORMALIZE", "SHARED")
+        switches = {key: constants[key] for key in names if key in constants}
         if name == "rope_and_store_kernel" and given["q_norm_ptr"] is None:
             switches = {}  # of the norm
         yield (name, *kinds.items(), *switches.items())
@@ -110,6 +113,27 @@ def test_every_launch_of_the_engine_is_a_case(
 ) -> None:
     launched = launched_modes(wide_checkpoint if is_wide else checkpoint, device, **options)
     assert_known(launched, compiled_modes("sm_90"))
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_invariant": True, "dtype": "bfloat16"}], ids=str)
+def test_every_launch_of_a_mixture_is_a_case(
+    options: dict[str, Any], mixture_checkpoint: Path, device: FakeCudaDevice
+) -> None:
+    launched = launched_modes(mixture_checkpoint, device, **options)
+    assert {"route_kernel", "combine_kernel"} <= {mode[0] for mode in launched}
+    assert_known(launched, compiled_modes("sm_90"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", TINY_MODELS)
+def test_every_launch_of_every_architecture_is_a_case(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    make_tiny_model(tmp_path / "source", kind)
+    make_awq_checkpoint(tmp_path / "source", tmp_path / "awq", tmp_path / "dense", 32)
+    device: FakeCudaDevice = request.getfixturevalue("device")  # from here on tensors are fake
+    for options in OPTIONS:
+        assert_known(launched_modes(tmp_path / "awq", device, **options), compiled_modes("sm_90"))
 
 
 def test_a_launch_that_is_no_case_is_seen(checkpoint: Path, device: FakeCudaDevice) -> None:

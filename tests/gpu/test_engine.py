@@ -26,7 +26,7 @@ from server.types import GenerateRequest, Pooling, PoolRequest, SamplingParams
 from tests.awq_checkpoints import make_awq_checkpoint
 from tests.gpu.devices import HostDevice
 from tests.kernels.batches import BLOCK_SIZE, make_batch, make_tables
-from tests.tiny_models import make_tiny_model
+from tests.tiny_models import TINY_MODELS, make_tiny_model
 
 LOGIT_ERROR = {"float16": 0.02, "bfloat16": 0.15}
 """Largest error over the largest logit that 16-bit activations may cause in three layers of random weights."""
@@ -113,18 +113,20 @@ def test_logits_equal_the_reference_teacher_forced(checkpoint: Path, options: di
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("batch_invariant", [False, True])
-@pytest.mark.parametrize("kind", ["llama-untied-biased", "mistral", "qwen2"])
-def test_logits_of_other_architectures(kind: str, batch_invariant: bool, tmp_path: Path) -> None:
-    """Windows shorter than the prompt, biases, tied embeddings, odd head sizes."""
-    make_tiny_model(tmp_path / "source", kind, num_hidden_layers=2)
+@pytest.mark.parametrize(
+    ("kind", "batch_invariant"),
+    [*((kind, False) for kind in TINY_MODELS), *((kind, True) for kind in ("llama-untied-biased", "mistral", "qwen2"))],
+)
+def test_logits_of_every_architecture(kind: str, batch_invariant: bool, tmp_path: Path) -> None:
+    """Windows shorter than the prompt, biases, tied embeddings, odd head sizes, norms of every kind, soft caps."""
+    make_tiny_model(tmp_path / "source", kind)
     make_awq_checkpoint(tmp_path / "source", tmp_path / "awq", tmp_path / "dense", 32)
     tokens = random_tokens(40)
     expected = Served(tmp_path / "awq", ReferenceBackend(BackendOptions())).logits(tokens, [40])
     backend = gpu_backend(batch_invariant=batch_invariant)
     got = Served(tmp_path / "awq", backend).logits(tokens, [20, 1, 17, 2])
     error = ((got - expected).abs().max() / expected.abs().max()).item()
-    assert error < LOGIT_ERROR["float16"], error
+    assert 0 < error < LOGIT_ERROR["float16"], error
 
 
 @pytest.mark.slow

@@ -26,14 +26,15 @@ def close(got: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [64, 96, 576, 1500])
 def test_norm_activation_and_embedding(width: int, dtype: torch.dtype) -> None:
-    x, weight = torch.randn(3, width).to(dtype), torch.randn(width)
-    for residual in (None, torch.randn(3, width)):
+    x, weight, x_weight = torch.randn(3, width).to(dtype), torch.randn(width), torch.randn(width)
+    for residual, of_x, of_total in [(None, None, weight), (torch.randn(3, width), None, weight),
+                                     (torch.randn(3, width), x_weight, weight), (None, x_weight, None)]:  # fmt: skip
         for unit_offset in (False, True):
             out, total = torch.empty_like(x), torch.empty(3, width)
-            fused.add_rms_norm(x, residual, weight, out, total, 1e-5, unit_offset)
-            expected, sums = REFERENCE.add_rms_norm(x.float(), residual, weight, 1e-5, unit_offset)
+            fused.add_rms_norm(x, residual, of_x, of_total, out, total, 1e-5, unit_offset)
+            expected, sums = REFERENCE.add_rms_norm(x.float(), residual, of_total, 1e-5, unit_offset, x_weight=of_x)
             close(out, expected.dense())
-            assert torch.equal(total, sums)
+            torch.testing.assert_close(total, sums, rtol=0 if of_x is None else 2e-6, atol=0 if of_x is None else 1e-6)
     gate_up = torch.randn(3, 2 * width).to(dtype) * 3
     for name in ("silu", "gelu_tanh"):
         out = torch.empty(3, width, dtype=dtype)
@@ -41,7 +42,10 @@ def test_norm_activation_and_embedding(width: int, dtype: torch.dtype) -> None:
         close(out, REFERENCE.act_and_mul(gate_up.float(), name).dense())  # type: ignore[arg-type]
     table, ids = torch.randn(10, width).to(dtype), torch.tensor([9, 0, 4], dtype=torch.int32)
     out = torch.empty(3, width, dtype=dtype)
-    fused.embed(ids, table, out)
+    for scale in (1.0, 24.0):
+        fused.embed(ids, table, scale, out)
+        close(out, table[ids.long()].float() * scale)
+    fused.embed(ids, table, 1.0, out)
     assert torch.equal(out, table[ids.long()])
 
 
@@ -73,6 +77,7 @@ ROPE_SHAPES = [
     (AttentionShape(3, 1, 24), 16, "plain"),
     (AttentionShape(2, 2, 80), 80, "offset"),
     (AttentionShape(2, 1, 64), 0, "plain"),
+    (AttentionShape(6, 2, 24), 16, "all heads"),
 ]
 
 
@@ -88,7 +93,8 @@ def test_rotation_and_kv_write(shape: AttentionShape, rotary_dim: int, norm: str
         angles = torch.rand(20, rotary_dim // 2) * 6
         rotary = RotaryTable(angles.cos(), angles.sin())
     if norm:
-        qk_norm = QKNorm(torch.rand(d) + 0.5, torch.rand(d) + 0.5, 1e-6, norm == "offset")
+        widths = (shape.q_size, shape.kv_size) if norm == "all heads" else (d, d)
+        qk_norm = QKNorm(*(torch.rand(width) + 0.5 for width in widths), 1e-6, norm == "offset")
     qkv = torch.randn(27, shape.q_size + 2 * shape.kv_size).to(dtype)
     (reference,) = REFERENCE.allocate_kv(KVCacheSpec(1, num_blocks, BLOCK_SIZE, shape.num_kv_heads, d))
     assert isinstance(reference, DenseKVCache)

@@ -56,6 +56,36 @@ def serve(
         assert not any(event.error for event in output.events)
 
 
+@pytest.mark.parametrize("options", [{}, {"batch_invariant": True}], ids=str)
+def test_mixtures_stay_on_their_device_and_compile_nothing_for_a_request(
+    mixture_checkpoint: Path, device: FakeCudaDevice, options: dict[str, Any]
+) -> None:
+    found: list[Launch] = []
+    with recorded(found):
+        engine = build_engine(
+            EngineConfig(
+                model=str(mixture_checkpoint),
+                max_model_len=500,
+                max_num_seqs=5,
+                max_num_batched_tokens=300,
+                device="cuda",
+                seed=0,
+                **options,
+            )
+        )
+        warm = {compiled_form(start) for start in found}
+        tiles = {start.constants["BLOCK_M"] for start in found if start.constants.get("TOP_K") == 2}
+        assert tiles == ({64} if options else {16, 32, 64})
+        for index, length in enumerate((300, 3, 70, 30, 120, 200)):
+            params = SamplingParams(max_tokens=3)
+            engine.submit(GenerateRequest(str(index), [3 + i % 300 for i in range(length)], params, time.monotonic()))
+        while engine.has_work():
+            device.waits = 0
+            assert not any(event.error for event in engine.step().events)
+            assert device.waits <= 1
+    assert not {compiled_form(start) for start in found} - warm
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"kv_cache_dtype": "int8"}, {"dtype": "bfloat16"}, {"batch_invariant": True}], ids=str
 )

@@ -40,12 +40,15 @@ def one_thread() -> CpuBackend:
 def test_norm(backend: CpuBackend, rows: int, hidden: int) -> None:
     torch.manual_seed(rows)
     x, residual, weight = torch.randn(rows, hidden) * 3, torch.randn(rows, hidden), torch.randn(hidden)
+    x_weight = torch.randn(hidden)
     for unit_offset in (False, True):
-        for other in (None, residual):
-            out, total = backend.add_rms_norm(x, other, weight, 1e-5, unit_offset)
-            expected, expected_total = REFERENCE.add_rms_norm(x, other, weight, 1e-5, unit_offset)
-            assert torch.equal(total, expected_total)
-            torch.testing.assert_close(out.dense(), expected.dense(), rtol=2e-6, atol=1e-6)
+        for other, of_x, of_total in [(None, None, weight), (residual, None, weight), (residual, x_weight, weight),
+                                      (None, x_weight, weight), (residual, x_weight, None)]:  # fmt: skip
+            out, total = backend.add_rms_norm(x, other, of_total, 1e-5, unit_offset, x_weight=of_x)
+            expected, expected_total = REFERENCE.add_rms_norm(x, other, of_total, 1e-5, unit_offset, x_weight=of_x)
+            exact = {"rtol": 0, "atol": 0} if of_x is None else {"rtol": 2e-6, "atol": 2e-6}
+            torch.testing.assert_close(total, expected_total, **exact)
+            torch.testing.assert_close(out.dense(), expected.dense(), rtol=2e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
@@ -70,6 +73,8 @@ def test_embedding(backend: CpuBackend, dtype: torch.dtype) -> None:
         torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-7)
     else:
         assert torch.equal(out, expected)
+        scaled = backend.embed(batch, backend.prepare_embedding(DenseWeight("embed_tokens", table)), 7.3)
+        assert torch.equal(scaled, expected * 7.3)
 
 
 def test_an_embedding_beyond_fp16_keeps_its_range(backend: CpuBackend) -> None:
@@ -148,15 +153,18 @@ def test_long_sequences_split_among_threads_keep_their_bits(backend: CpuBackend)
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 8])
-@pytest.mark.parametrize("with_norm", [False, True])
+@pytest.mark.parametrize("norm_over", [None, "each head", "all heads"])
 @pytest.mark.parametrize("rotary_dim", [None, 8, 64])
-def test_rope_and_store(backend: CpuBackend, head_dim: int, with_norm: bool, rotary_dim: int | None) -> None:
+def test_rope_and_store(backend: CpuBackend, head_dim: int, norm_over: str | None, rotary_dim: int | None) -> None:
     shape = AttentionShape(4, 2, head_dim)
     rotary = None
     if rotary_dim is not None:
         angles = torch.rand(64, min(rotary_dim, head_dim) // 2) * 6
         rotary = backend.prepare_rotary(angles.cos(), angles.sin())
-    norm = QKNorm(torch.randn(head_dim), torch.randn(head_dim), 1e-6, unit_offset=True) if with_norm else None
+    norm = None
+    if norm_over is not None:
+        widths = (shape.q_size, shape.kv_size) if norm_over == "all heads" else (head_dim, head_dim)
+        norm = QKNorm(torch.randn(widths[0]), torch.randn(widths[1]), 1e-6, unit_offset=True)
     seq_lens = [19, 33]
     tables, num_blocks = make_tables(seq_lens)
     batch = make_batch(seq_lens, seq_lens, tables)

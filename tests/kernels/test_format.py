@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.format import NIBBLE_COLUMNS, AwqWeight, FormatError, pack_int4, unpack_int4
+from kernels.format import NIBBLE_COLUMNS, AwqWeight, DenseWeight, FormatError, pack_int4, unpack_int4
 
 
 def random_weight(in_features: int = 64, out_features: int = 48, group_size: int = 32) -> AwqWeight:
@@ -93,3 +93,13 @@ def test_group_size_minus_one_is_the_whole_input() -> None:
         AwqWeight.from_tensors("layer.proj", tensors, 48)
     with pytest.raises(FormatError, match=r"missing tensor layer\.proj\.scales"):
         AwqWeight.from_tensors("layer.proj", {"qweight": weight.qweight, "qzeros": weight.qzeros}, 64)
+
+
+def test_outputs_in_another_order() -> None:
+    q, z = torch.randint(0, 16, (32, 24)), torch.randint(0, 16, (2, 24))
+    weight = AwqWeight("m", pack_int4(q), pack_int4(z), torch.rand(2, 24).half(), 16)
+    order = torch.randperm(24)
+    selected = weight.select_outputs(order)
+    selected.validate()
+    assert torch.equal(selected.dequantize(), weight.dequantize()[order])
+    assert torch.equal(DenseWeight("m", weight.dequantize()).select_outputs(order).weight, selected.dequantize())

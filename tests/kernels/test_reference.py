@@ -121,6 +121,10 @@ def test_norm_rotation_and_activation_equal_their_formulas(backend: ReferenceBac
         expected = torch.nn.functional.rms_norm(x + residual, (32,), weight + unit_offset, 1e-5)
         torch.testing.assert_close(normed.dense(), expected)
         assert torch.equal(total, x + residual)
+        of_x = torch.nn.functional.rms_norm(x, (32,), weight + unit_offset, 1e-5)
+        plain, total = backend.add_rms_norm(x, residual, None, 1e-5, unit_offset, x_weight=weight)
+        torch.testing.assert_close(total, of_x + residual)
+        assert torch.equal(plain.dense(), total)
     gate, up = torch.randn(5, 16), torch.randn(5, 16)
     for name, function in (("silu", torch.nn.functional.silu), ("gelu_tanh", torch.nn.GELU("tanh"))):
         got = backend.act_and_mul(torch.cat((gate, up), 1), name).dense()  # type: ignore[arg-type]
@@ -142,6 +146,9 @@ def test_rotation_turns_pairs_by_their_angle(backend: ReferenceBackend) -> None:
         torch.testing.assert_close(q[7, 1, pair], turned.real)
         torch.testing.assert_close(q[7, 1, pair + 4], turned.imag)
     torch.testing.assert_close(q[7, 1, 8:], raw[8:])
+    over_all = QKNorm(torch.rand(24) + 0.5, torch.rand(12) + 0.5, 1e-6)
+    q = backend.rope_and_store(qkv, shape, over_all, None, make_batch([40], [40], tables), kv)
+    torch.testing.assert_close(q.flatten(1), torch.nn.functional.rms_norm(qkv[:, :24], (24,), over_all.q_weight, 1e-6))
 
 
 def test_rows_are_picked(backend: ReferenceBackend) -> None:

@@ -17,7 +17,7 @@ from quantizer.work_folder import work_folder_path
 
 def _estimate(source: Path, **options: object) -> estimate.Estimate:
     job = run.prepare(SafetensorsSource(source), QuantizeOptions(group_size=32, sequence_length=64, **options))
-    return estimate.estimate(job.architecture, job.options, job.shapes, job.num_layers, job.tokens.shape[0], 1e9)
+    return estimate.estimate(job.architecture, job.options, job.shapes, job.source.config, job.tokens.shape[0], 1e9)
 
 
 def test_more_work_is_estimated_as_more(make_checkpoint: Callable[..., Path]) -> None:

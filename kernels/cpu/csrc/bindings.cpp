@@ -11,6 +11,7 @@
 
 #include "linear.h"
 #include "machine.h"
+#include "moe.h"
 #include "program.h"
 #include "sampling.h"
 
@@ -233,27 +234,30 @@ void need_batch_of_tokens(const Program& program) {
   if (program.limits.picks_rows) value_error("batch: rows have been picked from it; no op may read it after that");
 }
 
-void add_embed(Program& program, const Array& table, const Array& out) {
+void add_embed(Program& program, const Array& table, float scale, const Array& out) {
   need_batch_of_tokens(program);
   const Dtype dtype = check_dtype("table", table, {Dtype::kFloat16, Dtype::kBfloat16});
   check_array("table", table, {-1, -1});
   auto op = std::make_unique<EmbedOp>();
   op->table = data_of<uint16_t>(table);
   op->type = dtype == Dtype::kFloat16 ? TableType::kHalf : TableType::kBfloat;
+  op->scale = scale;
   op->width = size_of(table, 1);
   op->out = floats("out", out, {program.batch().max_tokens, op->width});
   narrow(program.limits.vocab_size, size_of(table, 0));
   add_op(program, std::move(op), program.batch().max_tokens);
 }
 
-void add_norm(Program& program, const Array& x, const std::optional<Array>& residual, const Array& weight, float eps,
-              bool unit_offset, const Array& total, const Outputs& packed, const std::optional<Array>& dense) {
+void add_norm(Program& program, const Array& x, const std::optional<Array>& residual, const std::optional<Array>& x_weight,
+              const std::optional<Array>& weight, float eps, bool unit_offset, const Array& total, const Outputs& packed,
+              const std::optional<Array>& dense) {
   const int64_t rows = size_of(x, 0), width = size_of(x, 1);
   auto op = std::make_unique<NormOp>();
   op->x = floats("x", x, {-1, -1});
   check_multiple("x: hidden size", width, 8);
   op->residual = residual ? floats("residual", *residual, {rows, width}) : nullptr;
-  op->weight = floats("weight", weight, {width});
+  op->x_weight = x_weight ? floats("x_weight", *x_weight, {width}) : nullptr;
+  op->weight = weight ? floats("weight", *weight, {width}) : nullptr;
   op->eps = eps;
   op->offset = unit_offset ? 1.0f : 0.0f;
   op->total = floats("total", total, {rows, width});
@@ -296,6 +300,11 @@ void add_linear(Program& program, const std::vector<std::shared_ptr<PackedLinear
   add_op(program, std::move(op), size_of(y, 0));
 }
 
+Activation activation_of(const std::string& name) {
+  if (name != "silu" && name != "gelu_tanh") value_error("activation: expected silu or gelu_tanh, found " + name);
+  return name == "silu" ? Activation::kSilu : Activation::kGeluTanh;
+}
+
 void add_gated_linear(Program& program, const std::vector<std::shared_ptr<PackedLinear>>& weights, const std::vector<Array>& inputs,
                       const Array& gate_up, const std::string& activation, const Outputs& packed, const std::optional<Array>& dense) {
   const int64_t rows = size_of(gate_up, 0);
@@ -304,13 +313,61 @@ void add_gated_linear(Program& program, const std::vector<std::shared_ptr<Packed
   ActivationOp& act = op->activation;
   act.gate_up = floats("gate_up", gate_up, {-1, total_columns(op->parts)});
   check_multiple("gate_up: columns", size_of(gate_up, 1), 16);
-  if (activation != "silu" && activation != "gelu_tanh")
-    value_error("activation: expected silu or gelu_tanh, found " + activation);
-  act.activation = activation == "silu" ? Activation::kSilu : Activation::kGeluTanh;
+  act.activation = activation_of(activation);
   act.out = row_output(packed, dense, rows, size_of(gate_up, 1) / 2);
   op->unit_columns = gated_unit_columns(op->parts, op->activation.out);
   program.require_scratch(std::max(kTileRows * op->activation.out.width, kGatedRows * 2 * op->unit_columns));
   add_op(program, std::move(op), rows);
+}
+
+using Weights = std::vector<std::shared_ptr<PackedLinear>>;
+
+// inputs: all tokens' rows in every layout that an expert's gate_up reads. experts: the parts of gate_up, and down.
+void add_moe(Program& program, const Weights& router, const std::vector<Array>& router_inputs, const Outputs& inputs,
+             const std::vector<std::pair<Weights, std::shared_ptr<PackedLinear>>>& experts, int64_t num_active, bool renormalize,
+             bool shared, const std::string& activation, const Array& y) {
+  const int64_t rows = size_of(y, 0), num_experts = static_cast<int64_t>(experts.size()), routed = num_experts - (shared ? 1 : 0);
+  if (num_active < 1 || num_active > routed)
+    value_error("num_active: expected 1.." + std::to_string(routed) + " experts, found " + std::to_string(num_active));
+  auto op = std::make_unique<MoeOp>();
+  op->num_active = num_active;
+  op->renormalize = renormalize;
+  op->shared = shared;
+  op->activation = activation_of(activation);
+  op->out_width = size_of(y, 1);
+  op->y = floats("y", y, {-1, -1});
+  op->router = linear_parts(router, router_inputs, rows);
+  if (total_columns(op->router) != num_experts)
+    value_error("router: expected " + std::to_string(num_experts) + " outputs, found " + std::to_string(total_columns(op->router)));
+  for (const auto& [layout, buffer] : inputs)
+    op->inputs.push_back({layout, static_cast<const uint8_t*>(packed_buffer("inputs", buffer, layout, rows))});
+  for (const auto& [gate_up, down] : experts) {
+    MoeExpert expert;
+    int64_t columns = 0;
+    for (const auto& weight : gate_up) {
+      const auto found = std::find_if(op->inputs.begin(), op->inputs.end(),
+                                      [&](const MoeOp::Input& input) { return input.layout == weight->activations; });
+      if (found == op->inputs.end()) value_error("inputs: none is in the layout that an expert takes");
+      expert.gate_up.push_back({weight.get(), found - op->inputs.begin(), columns});
+      columns += weight->out_features;
+    }
+    check_multiple("gate_up: columns", columns, 16);
+    expert.down = down.get();
+    expert.width = columns / 2;
+    if (down->in_features != expert.width || down->out_features != op->out_width)
+      value_error("down: expected [" + std::to_string(op->out_width) + ", " + std::to_string(expert.width) + "], found [" +
+                  std::to_string(down->out_features) + ", " + std::to_string(down->in_features) + "]");
+    op->experts.push_back(std::move(expert));
+  }
+  op->memory = reinterpret_cast<uint8_t*>(program.shared_rows(op->plan(rows)));
+  program.require_scratch(op->scratch_floats());
+  add_op(program, std::move(op), rows);
+}
+
+// A norm's weight over each head, or over all of them together; says over how many.
+const float* head_norm(const char* name, const Array& weight, int num_heads, int64_t head_dim, int& span) {
+  span = size_of(weight, 0) == head_dim ? 1 : num_heads;
+  return floats(name, weight, {span * head_dim});
 }
 
 void add_rope(Program& program, const Array& qkv, int num_heads, const KvCacheObject& cache, const std::optional<Array>& q_weight,
@@ -330,8 +387,9 @@ void add_rope(Program& program, const Array& qkv, int num_heads, const KvCacheOb
   op->row.num_kv_heads = kv.num_kv_heads;
   op->row.head_dim = kv.head_dim;
   if (q_weight.has_value() != k_weight.has_value()) value_error("q_weight, k_weight: expected both or neither");
-  op->row.q_weight = q_weight ? floats("q_weight", *q_weight, {head_dim}) : nullptr;
-  op->row.k_weight = k_weight ? floats("k_weight", *k_weight, {head_dim}) : nullptr;
+  op->row.q_span = op->row.k_span = 1;
+  op->row.q_weight = q_weight ? head_norm("q_weight", *q_weight, num_heads, head_dim, op->row.q_span) : nullptr;
+  op->row.k_weight = k_weight ? head_norm("k_weight", *k_weight, kv.num_kv_heads, head_dim, op->row.k_span) : nullptr;
   op->row.eps = eps;
   op->row.unit_offset = unit_offset ? 1.0f : 0.0f;
   op->cos = op->sin = nullptr;
@@ -568,13 +626,15 @@ NB_MODULE(_native, m) {
                                                        block_tables, logit_rows));
       }, nb::arg("pool"), nb::arg("counts"), nb::arg("input_ids"), nb::arg("positions"), nb::arg("slot_mapping"),
            nb::arg("query_starts"), nb::arg("seq_lens"), nb::arg("block_tables"), nb::arg("logit_rows"))
-      .def("embed", &add_embed, nb::arg("table"), nb::arg("out"))
-      .def("add_rms_norm", &add_norm, nb::arg("x"), nb::arg("residual").none(), nb::arg("weight"), nb::arg("eps"),
-           nb::arg("unit_offset"), nb::arg("total"), nb::arg("packed"), nb::arg("dense").none())
+      .def("embed", &add_embed, nb::arg("table"), nb::arg("scale"), nb::arg("out"))
+      .def("add_rms_norm", &add_norm, nb::arg("x"), nb::arg("residual").none(), nb::arg("x_weight").none(),
+           nb::arg("weight").none(), nb::arg("eps"), nb::arg("unit_offset"), nb::arg("total"), nb::arg("packed"), nb::arg("dense").none())
       .def("quantize", &add_quantize, nb::arg("x"), nb::arg("packed"))
       .def("linear", &add_linear, nb::arg("weights"), nb::arg("inputs"), nb::arg("y"))
       .def("gated_linear", &add_gated_linear, nb::arg("weights"), nb::arg("inputs"), nb::arg("gate_up"), nb::arg("activation"),
            nb::arg("packed"), nb::arg("dense").none())
+      .def("moe", &add_moe, nb::arg("router"), nb::arg("router_inputs"), nb::arg("inputs"), nb::arg("experts"), nb::arg("num_active"),
+           nb::arg("renormalize"), nb::arg("shared"), nb::arg("activation"), nb::arg("y"))
       .def("rope_and_store", &add_rope, nb::arg("qkv"), nb::arg("num_heads"), nb::arg("kv"), nb::arg("q_weight").none(),
            nb::arg("k_weight").none(), nb::arg("eps"), nb::arg("unit_offset"), nb::arg("cos").none(), nb::arg("sin").none(),
            nb::arg("q"))
@@ -597,6 +657,7 @@ NB_MODULE(_native, m) {
         program.run({num_tokens, num_sequences, num_rows});
       }, nb::arg("num_tokens"), nb::arg("num_sequences") = 0, nb::arg("num_rows") = 0)
       .def_rw("profiling", &Program::profiling)
+      .def_ro("num_experts_read", &Program::num_experts_read)
       .def_prop_ro("seconds_by_kind", [](const Program& program) {
         nb::dict result;
         for (const auto& [kind, seconds] : program.seconds_by_kind) result[kind.c_str()] = seconds;

@@ -35,6 +35,7 @@ struct RopeRow {
   const float* sin;
   const float* q_weight;  // null: no qk-norm
   const float* k_weight;
+  int q_span, k_span;     // heads that are normed together: 1, or all
   float eps, unit_offset;  // unit_offset 1 multiplies by 1 + weight
   int32_t slot;
   const KvCache* kv;
@@ -62,10 +63,11 @@ constexpr int kPartialExtra = 8;
 
 struct OpsTable {
   const char* name;
-  void (*embed_row)(const uint16_t* row, TableType type, int64_t n, float* out);
-  // total = x + residual (residual may be null, total may be x); out = total / rms(total) * (offset + weight)
-  void (*norm_row)(const float* x, const float* residual, const float* weight, float eps, float offset, int64_t n, float* total,
-                   float* out);
+  void (*embed_row)(const uint16_t* row, TableType type, float scale, int64_t n, float* out);
+  // total = x + residual (residual may be null, total may be x), or with x_weight x / rms(x) * (offset + x_weight) + residual;
+  // out = total / rms(total) * (offset + weight), or total where weight is null
+  void (*norm_row)(const float* x, const float* residual, const float* x_weight, const float* weight, float eps, float offset,
+                   int64_t n, float* total, float* out);
   void (*act_and_mul_row)(const float* gate, const float* up, Activation activation, int64_t n, float* out);
   void (*rope_row)(const RopeRow& row);
   void (*attend)(const AttentionTask& task, float* scratch);

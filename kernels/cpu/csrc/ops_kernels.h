@@ -26,14 +26,16 @@ AWQ_INLINE void for_each_vector(const float* in, int64_t n, float* out, Body&& b
   }
 }
 
-void embed_row(const uint16_t* row, TableType type, int64_t n, float* out) {
+void embed_row(const uint16_t* row, TableType type, float scale, int64_t n, float* out) {
+  const F8 factor = set8(scale);
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store8(out + i, type == TableType::kHalf ? load_half8(row + i) : load_bfloat8(row + i));
+  for (; i + kLanes <= n; i += kLanes)
+    store8(out + i, (type == TableType::kHalf ? load_half8(row + i) : load_bfloat8(row + i)) * factor);
   if (i < n) {
     uint16_t tail[kLanes] = {};
     float values[kLanes];
     for (int64_t j = i; j < n; ++j) tail[j - i] = row[j];
-    store8(values, type == TableType::kHalf ? load_half8(tail) : load_bfloat8(tail));
+    store8(values, (type == TableType::kHalf ? load_half8(tail) : load_bfloat8(tail)) * factor);
     for (int64_t j = i; j < n; ++j) out[j] = values[j - i];
   }
 }
@@ -60,14 +62,21 @@ AWQ_INLINE void scale_by_weight(const float* x, const float* weight, float inver
     store8(out + i, load8(x + i) * set8(inverse) * (load8(weight + i) + set8(offset)));
 }
 
-void norm_row(const float* x, const float* residual, const float* weight, float eps, float offset, int64_t n, float* total,
-              float* out) {
+void norm_row(const float* x, const float* residual, const float* x_weight, const float* weight, float eps, float offset,
+              int64_t n, float* total, float* out) {
+  if (x_weight != nullptr) {
+    scale_by_weight(x, x_weight, inverse_rms(x, n, eps), offset, n, total);
+    x = total;
+  }
   if (residual != nullptr) {
     for (int64_t i = 0; i < n; i += kLanes) store8(total + i, load8(x + i) + load8(residual + i));
   } else if (total != x) {
     for (int64_t i = 0; i < n; i += kLanes) store8(total + i, load8(x + i));
   }
-  scale_by_weight(total, weight, inverse_rms(total, n, eps), offset, n, out);
+  if (weight != nullptr)
+    scale_by_weight(total, weight, inverse_rms(total, n, eps), offset, n, out);
+  else
+    __builtin_memcpy(out, total, n * sizeof(float));
 }
 
 void act_and_mul_row(const float* gate, const float* up, Activation activation, int64_t n, float* out) {
@@ -113,9 +122,13 @@ AWQ_INLINE void rotate_head(float* x, const float* cos, const float* sin, int ha
   }
 }
 
-AWQ_INLINE void norm_and_rotate(const RopeRow& row, const float* weight, const float* in, float* out) {
+// Head `head` of those at `heads`, every `span` of which are normed together: *inverse is computed at the first and kept.
+AWQ_INLINE void norm_and_rotate(const RopeRow& row, const float* weight, int span, const float* heads, int head, float* inverse,
+                                float* out) {
+  const float* in = heads + head * row.head_dim;
   if (weight != nullptr) {
-    scale_by_weight(in, weight, inverse_rms(in, row.head_dim, row.eps), row.unit_offset, row.head_dim, out);
+    if (head % span == 0) *inverse = inverse_rms(in, static_cast<int64_t>(span) * row.head_dim, row.eps);
+    scale_by_weight(in, weight + head % span * row.head_dim, *inverse, row.unit_offset, row.head_dim, out);
   } else {
     for (int d = 0; d < row.head_dim; d += kLanes) store8(out + d, load8(in + d));
   }
@@ -153,13 +166,15 @@ AWQ_INLINE float store_head_int8(const float* in, int n, int8_t* out, int64_t st
 void rope_row(const RopeRow& row) {
   const awq_cpu::KvCache& kv = *row.kv;
   const int head_dim = row.head_dim;
+  float inverse = 0.0f;
   for (int head = 0; head < row.num_heads; ++head)
-    norm_and_rotate(row, row.q_weight, row.qkv + head * head_dim, row.q + head * head_dim);
+    norm_and_rotate(row, row.q_weight, row.q_span, row.qkv, head, &inverse, row.q + head * head_dim);
+  const float* keys = row.qkv + row.num_heads * head_dim;
   const int64_t block = row.slot / kv.block_size, offset = row.slot % kv.block_size;
   const int64_t plane = static_cast<int64_t>(head_dim) * kv.block_size;
   for (int head = 0; head < row.num_kv_heads; ++head) {
     float key[1024];
-    norm_and_rotate(row, row.k_weight, row.qkv + (row.num_heads + head) * head_dim, key);
+    norm_and_rotate(row, row.k_weight, row.k_span, keys, head, &inverse, key);
     const float* value = row.qkv + (row.num_heads + row.num_kv_heads + head) * head_dim;
     const int64_t index = block * kv.num_kv_heads + head;
     const int64_t key_at = index * plane + offset, value_at = index * plane + offset * head_dim;

@@ -103,7 +103,7 @@ void Program::run(const Counts& counts) {
     for (int i = 0; i < pool_->num_threads(); ++i) scratch_buffers_.emplace_back(scratch_floats_ * sizeof(float));
   }
   plans_.clear();
-  RunContext context{*pool_, current_ops(), batch_, counts, scratch_buffers_, plans_, partials_};
+  RunContext context{*pool_, current_ops(), batch_, counts, scratch_buffers_, plans_, partials_, num_experts_read};
   if (!profiling) {
     for (auto& op : ops_) op->run(context);
     return;
@@ -124,15 +124,15 @@ Counts Program::run_batch() {
 void EmbedOp::run(RunContext& context) {
   context.pool.parallel_for(context.counts.num_tokens, 16, [&](int64_t begin, int64_t end, int) {
     for (int64_t t = begin; t < end; ++t)
-      context.ops.embed_row(table + context.batch.input_ids[t] * width, type, width, out + t * width);
+      context.ops.embed_row(table + context.batch.input_ids[t] * width, type, scale, width, out + t * width);
   });
 }
 
 void NormOp::run(RunContext& context) {
   const int64_t n = out.width;
   for_each_row(context, context.counts.num_tokens, out, [&](int64_t row, float* to) {
-    context.ops.norm_row(x + row * n, residual != nullptr ? residual + row * n : nullptr, weight, eps, offset, n, total + row * n,
-                         to);
+    context.ops.norm_row(x + row * n, residual != nullptr ? residual + row * n : nullptr, x_weight, weight, eps, offset, n,
+                         total + row * n, to);
   });
 }
 

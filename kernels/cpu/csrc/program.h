@@ -86,6 +86,7 @@ struct RunContext {
   std::vector<AlignedBuffer>& scratch_buffers;
   std::map<AttentionKey, AttentionPlan>& plans;
   AlignedBuffer& partials;
+  int64_t& num_experts_read;
 
   float* scratch(int thread) { return reinterpret_cast<float*>(scratch_buffers[thread].data()); }
   const AttentionPlan& attention_plan(const AttentionKey& key);
@@ -119,6 +120,7 @@ class Program {
   Limits limits;
   bool profiling = false;
   std::map<std::string, double> seconds_by_kind;  // while profiling
+  int64_t num_experts_read = 0;  // by all runs: an expert counts once for all tokens that a mixture computes at a time
 
  private:
   void check(const Counts& counts) const;
@@ -144,6 +146,7 @@ struct EmbedOp final : Op {
   void run(RunContext& context) override;
   const uint16_t* table;
   TableType type;
+  float scale;
   int64_t width;
   float* out;
 };
@@ -152,7 +155,8 @@ struct NormOp final : Op {
   NormOp() : Op("norm") {}
   void run(RunContext& context) override;
   const float* x;
-  const float* residual;  // or null
+  const float* residual;  // or null, like the two weights
+  const float* x_weight;
   const float* weight;
   float eps, offset;
   float* total;

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.backend import BackendOptions, KVCacheSpec
+from kernels.backend import Backend, BackendOptions, KVCacheSpec
 from kernels.batch import ForwardBatch
 from kernels.reference import ReferenceBackend
 from server.model_config import load_model_config
@@ -22,9 +22,9 @@ LENGTH = 90
 class Served:
     """A loaded decoder that runs one sequence, in steps of given sizes."""
 
-    def __init__(self, directory: Path, max_model_len: int = 128) -> None:
+    def __init__(self, directory: Path, max_model_len: int = 128, backend: Backend | None = None) -> None:
         self.config = load_model_config(directory)
-        self.backend = ReferenceBackend(BackendOptions())
+        self.backend = backend or ReferenceBackend(BackendOptions())
         self.decoder = load_decoder(directory, self.config, self.backend, max_model_len)
 
     @torch.inference_mode()

@@ -38,6 +38,9 @@ def _make(folder: Path, kind: str, group_size: int, layout: str, skip: tuple[str
         ("qwen3", -1, "gptq", ()),
         ("llama-untied-biased", 32, "compressed-tensors", ()),
         ("mistral", -1, "compressed-tensors", ("v_proj",)),
+        ("mixtral", 32, "gptq", ("experts.1.",)),
+        ("qwen2_moe", 32, "compressed-tensors", ("shared_expert.",)),
+        ("qwen3_moe", -1, "compressed-tensors", ()),
     ],
 )
 def test_served_as_what_the_weights_mean(

@@ -32,6 +32,8 @@ CASES = [
     ("qwen2", 128, torch.bfloat16, torch.float16, ("v_proj",)),
     ("qwen3", -1, torch.float32, torch.float16, ()),
     ("qwen3", 64, torch.float16, torch.float16, ("gate_proj",)),
+    ("mixtral", 32, torch.float16, torch.float16, ("experts.2.w1", "experts.3.")),
+    ("qwen2_moe", 32, torch.bfloat16, torch.float16, ("layers.1.mlp.shared_expert",)),
 ]
 
 
@@ -133,11 +135,123 @@ WRONG_CONFIGS: list[tuple[dict, str]] = [
 ]
 
 
+WRONG_FIELDS: list[tuple[str, dict, str]] = [
+    ("gemma2", {"hidden_activation": "relu2"}, "hidden_activation 'relu2' is not supported"),
+    ("gemma2", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar must be a positive number, found 0"),
+    ("gemma2", {"final_logit_softcapping": -1.0}, "final_logit_softcapping must be a positive number, found -1.0"),
+    ("gemma2", {"layer_types": ["full_attention"]}, "layer_types has 1 entries for 3 layers"),
+    ("gemma2", {"layer_types": ["chunked_attention"] * 3}, r"layer_types holds \['chunked_attention'\]"),
+    ("gemma2", {"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
+    ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention is not supported"),
+    (
+        "gemma3_text",
+        {"rope_parameters": {"full_attention": {"rope_type": "default"}, "sliding_attention": {"rope_type": "p"}}},
+        "rope type 'p' is not supported",
+    ),
+    ("gemma3_text", {"model_type": "gemma3"}, "a gemma3 model needs text_config"),
+    ("phi3", {"partial_rotary_factor": 1.5, "rope_parameters": None}, "rotates 24 of 16 channels"),
+    ("phi3", {"num_key_value_heads": 4}, r"qkv_proj\.weight: expected shape \[192, 64\], found \[128, 64\]"),
+    ("phi3", {"intermediate_size": 80}, r"gate_up_proj\.weight: expected shape \[160, 64\], found \[192, 64\]"),
+    ("granite", {"residual_multiplier": 0.0}, "residual_multiplier must be a positive number, found 0.0"),
+    ("granite", {"logits_scaling": "8"}, "logits_scaling must be a positive number, found '8'"),
+    ("olmo2", {"model_type": "llama"}, r"input_layernorm\.weight is missing"),
+    ("olmo2", {"head_dim": 8}, r"q_norm\.weight: expected shape \[32\], found \[64\]"),
+    ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers has 1 entries for 3 layers"),
+    ("llama", {"model_type": "olmo2"}, r"post_feedforward_layernorm\.weight is missing"),
+]
+
+
+@pytest.mark.parametrize(("kind", "values", "message"), WRONG_FIELDS)
+def test_wrong_fields_of_an_architecture_are_refused(kind: str, values: dict, message: str, tmp_path: Path) -> None:
+    directory = make_tiny_model(tmp_path, kind)
+    edit_config(directory, **values)
+    with pytest.raises(ModelError, match=message):
+        load(directory)
+
+
+# What published config.json files leave out, or spell as transformers did when the models came out.
+OLDER_CONFIGS: list[tuple[str, tuple[str, ...], dict]] = [
+    ("gemma2", ("tie_word_embeddings", "hidden_activation"), {"hidden_act": "gelu_pytorch_tanh"}),
+    (
+        "gemma3_text",
+        ("rope_parameters", "layer_types", "tie_word_embeddings"),
+        {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+        | {"sliding_window_pattern": 2},
+    ),
+    ("smollm3", ("no_rope_layers", "layer_types", "tie_word_embeddings"), {"no_rope_layer_interval": 2}),
+]
+
+
+@pytest.mark.parametrize(("kind", "left_out", "values"), OLDER_CONFIGS)
+def test_older_configs_mean_the_same(kind: str, left_out: tuple[str, ...], values: dict, tmp_path: Path) -> None:
+    directory = make_tiny_model(tmp_path, kind)
+    expected = Served(directory)
+    config = json.loads((directory / "config.json").read_text())
+    older = {field: value for field, value in config.items() if field not in left_out}
+    (directory / "config.json").write_text(json.dumps({**older, **values}))
+    tokens = random_tokens(40)
+    got = Served(directory)
+    assert torch.equal(got.logits(tokens, [40]), expected.logits(tokens, [40]))
+    assert got.config.max_context == expected.config.max_context
+
+
+def test_older_phi_names_of_longrope(tmp_path: Path) -> None:
+    directory = make_tiny_model(tmp_path, "phi3")
+    expected, tokens = Served(directory), random_tokens(40)
+    rope = json.loads((directory / "config.json").read_text())["rope_parameters"]
+    factors = {field: rope[field] for field in ("short_factor", "long_factor")}
+    for name in ("su", "yarn", "longrope"):
+        edit_config(
+            directory,
+            rope_parameters=None,
+            rope_scaling={"type": name, **factors},
+            rope_theta=1e4,
+            partial_rotary_factor=0.75,
+        )
+        assert torch.equal(Served(directory).logits(tokens, [40]), expected.logits(tokens, [40]))
+
+
 @pytest.mark.parametrize(("values", "message"), WRONG_CONFIGS)
 def test_wrong_configs_are_refused_by_field(awq: Path, values: dict, message: str) -> None:
     edit_config(awq, **values)
     with pytest.raises((ModelError, FormatError), match=message):
         load(awq)
+
+
+WRONG_MIXTURES: list[tuple[str, dict, str]] = [
+    ("mixtral", {"num_experts_per_tok": 5}, "num_experts_per_tok 5 is more than the 4 experts"),
+    (
+        "mixtral",
+        {"num_local_experts": 5},
+        r"tensor model\.layers\.0\.block_sparse_moe\.gate\.weight: expected shape \[5",
+    ),
+    ("mixtral", {"num_local_experts": None}, "num_local_experts must be a positive integer, found None"),
+    ("qwen2_moe", {"moe_intermediate_size": 48}, r"experts\.0\.gate_proj\.weight: expected shape \[48, 64\]"),
+    ("qwen2_moe", {"model_type": "qwen3_moe"}, r"tensor model\.layers\.0\.self_attn\.q_norm\.weight is missing"),
+    ("qwen3_moe", {"mlp_only_layers": []}, r"tensor model\.layers\.1\.mlp\.gate\.weight is missing"),
+    ("qwen3_moe", {"decoder_sparse_step": 2}, r"tensor model\.layers\.0\.mlp\.gate_proj\.weight is missing"),
+]
+
+
+@pytest.mark.parametrize(("kind", "values", "message"), WRONG_MIXTURES)
+def test_mixtures_that_are_not_what_the_config_says_are_refused(
+    kind: str, values: dict, message: str, tmp_path: Path
+) -> None:
+    folder = make_tiny_model(tmp_path, kind)
+    edit_config(folder, **values)
+    with pytest.raises(ModelError, match=message):
+        load(folder)
+
+
+def test_an_expert_too_many_or_too_few_is_refused(tmp_path: Path) -> None:
+    folder = make_tiny_model(tmp_path, "mixtral")
+    name = "model.layers.1.block_sparse_moe.experts.{}.w2.weight"
+    edit_tensors(folder, lambda tensors: tensors.update({name.format(4): tensors[name.format(3)].clone()}))
+    with pytest.raises(ModelError, match=r"a mixtral model has no tensor .*experts\.4\.w2\.weight"):
+        load(folder)
+    edit_tensors(folder, lambda tensors: [tensors.pop(name.format(index)) for index in (3, 4)])
+    with pytest.raises(ModelError, match=r"experts\.3\.w2\.weight is missing"):
+        load(folder)
 
 
 def test_older_autoawq_config_file(awq: Path) -> None:
