@@ -228,6 +228,10 @@ class Backend(Protocol):
     def record(self, forward: Callable[[], Tensor], batch: ForwardBatch) -> Program:
         """`forward` calls ops on `batch` and returns the logits. It is called while recording, or at every run."""
 
+    def run_once(self, forward: Callable[[], Tensor]) -> Tensor:
+        """What `forward` returns, its ops run as they are called, on what `fill` wrote: for passes too rare to record. Its buffers
+        are made anew."""
+
     def embed(self, batch: ForwardBatch, embedding: PreparedEmbedding, scale: float = 1.0) -> Tensor:
         """The tokens' rows of the table, times `scale`."""
 

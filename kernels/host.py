@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ class HostBackend:
     ) -> tuple[ForwardBatch, SamplingBatch]:
         forward = ForwardBatch.allocate(max_tokens, max_sequences, max_blocks_per_sequence, max_rows, self.device)
         return forward, SamplingBatch.allocate(max_rows, self.device)
+
+    def run_once(self, forward: Callable[[], Tensor]) -> Tensor:
+        return forward()
 
     def add_bias(self, logits: Tensor, rows: Sequence[int], token_ids: Sequence[int], values: Sequence[float]) -> None:
         entries = [entry for entry in zip(rows, token_ids, values, strict=True) if entry[1] < logits.shape[1]]

@@ -13,6 +13,7 @@ from server.types import (
     EngineInfo,
     FinishReason,
     GenerateRequest,
+    PoolRequest,
     RequestTimings,
     StepOutput,
     StepStats,
@@ -46,7 +47,7 @@ class _Live:
     """A request that the engine has not finished."""
 
     num_prompt_tokens: int
-    max_tokens: int
+    max_tokens: int | None  # None: to be embedded
     num_tokens: int = 0
     last_token_time: float | None = None
 
@@ -73,8 +74,9 @@ class MetricsRecorder:
         """The body and content type of /metrics."""
         return generate_latest(self._registry), CONTENT_TYPE_LATEST
 
-    def on_submit(self, request: GenerateRequest) -> None:
-        self._live[request.request_id] = _Live(len(request.prompt_token_ids), request.sampling.max_tokens)
+    def on_submit(self, request: GenerateRequest | PoolRequest) -> None:
+        max_tokens = None if isinstance(request, PoolRequest) else request.sampling.max_tokens
+        self._live[request.request_id] = _Live(len(request.prompt_token_ids), max_tokens)
 
     def on_step(self, output: StepOutput) -> None:
         now = self._clock()
@@ -82,7 +84,7 @@ class MetricsRecorder:
             live = self._live.get(event.request_id)
             if live is None:  # refused before it was known, or reported twice: not ours to count
                 continue
-            if event.token_ids:
+            if event.token_ids or event.embedding is not None:
                 self._count_tokens(live, event, now)
             if event.finish_reason is not None:
                 del self._live[event.request_id]
@@ -115,8 +117,9 @@ class MetricsRecorder:
     def _count_finished(self, live: _Live, reason: FinishReason, timings: RequestTimings | None) -> None:
         self.finished[reason].inc()
         self.request_prompt_tokens.observe(live.num_prompt_tokens)
-        self.request_generation_tokens.observe(live.num_tokens)
-        self.request_max_tokens.observe(live.max_tokens)
+        if live.max_tokens is not None:
+            self.request_generation_tokens.observe(live.num_tokens)
+            self.request_max_tokens.observe(live.max_tokens)
         if timings is None:
             return
         self.e2e_latency.observe(timings.finished - timings.arrival)

@@ -97,6 +97,26 @@ class GenerateRequest:
     deadline: float | None = None
 
 
+class Pooling(str, Enum):
+    """Which of a prompt's final hidden states make its embedding."""
+
+    MEAN = "mean"  # their mean
+    LAST = "last"  # the last token's
+
+
+@dataclass(frozen=True, slots=True)
+class PoolRequest:
+    """One prompt to embed: its pooled hidden states, at unit length. The other fields are as in GenerateRequest."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    pooling: Pooling
+    arrival_time: float
+    cache_key: str = ""
+    priority: int = 0
+    deadline: float | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class AbortRequest:
     """The engine stops the request at the next step and answers its last TokenEvent with the reason's finish reason."""
@@ -132,7 +152,7 @@ class TokenEvent:
     ended it (the end-of-sequence token included); that token is the last of `token_ids`. `num_cached_tokens` (prompt tokens found
     in the prefix cache) is right from the first event on. `logprobs` has one entry per token where the request asks for them.
     `prompt_logprobs` comes with the first token and has one entry per prompt token but the first, which nothing predicts.
-    With `is_request_fault`, `error` is something that the request brought about.
+    With `is_request_fault`, `error` is something that the request brought about. `embedding` is the one answer to a PoolRequest.
     """
 
     request_id: str
@@ -145,6 +165,7 @@ class TokenEvent:
     logprobs: list[TokenLogprob] | None = None
     prompt_logprobs: list[TokenLogprob] | None = None
     is_request_fault: bool = False
+    embedding: list[float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,5 +214,5 @@ class EngineFailure:
     error: str
 
 
-EngineInput = GenerateRequest | AbortRequest | Shutdown
+EngineInput = GenerateRequest | PoolRequest | AbortRequest | Shutdown
 EngineOutput = StepOutput | EngineInfo | EngineFailure

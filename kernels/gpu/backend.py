@@ -286,6 +286,10 @@ class GpuBackend:
     def record(self, forward: Callable[[], Tensor], batch: ForwardBatch) -> GpuProgram:
         return GpuProgram(self, forward, batch)
 
+    def run_once(self, forward: Callable[[], Tensor]) -> Tensor:
+        self.upload()
+        return forward()
+
     def _extent(self, batch: ForwardBatch) -> Extent:
         return self.extent or Extent.of(batch)
 

@@ -13,12 +13,13 @@ from pydantic.json_schema import models_json_schema
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from server.api import chat, completions, messages, ops, responses_api, tokenize
+from server.api import chat, completions, embeddings, messages, ops, page, responses_api, tokenize
 from server.api.context import ApiContext
+from server.api.embeddings import EmbeddingsRequest
 from server.api.errors import HANDLERS
 from server.api.messages_schemas import CountTokensRequest, MessagesRequest
 from server.api.request_id import RequestIds
-from server.api.responses import ChatChunk, ChatCompletion, Completion
+from server.api.responses import ChatChunk, ChatCompletion, Completion, Embeddings
 from server.api.responses_schemas import ResponsesRequest
 from server.api.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, Schema, TokenizeRequest
 from server.api.sse import ClientGone
@@ -29,11 +30,12 @@ _BODIES: tuple[type[Schema], ...] = (
     ResponsesRequest,
     MessagesRequest,
     CountTokensRequest,
+    EmbeddingsRequest,
     TokenizeRequest,
     DetokenizeRequest,
 )
 
-_ANSWERS: tuple[type[Struct], ...] = (Completion, ChatCompletion, ChatChunk)
+_ANSWERS: tuple[type[Struct], ...] = (Completion, ChatCompletion, ChatChunk, Embeddings)
 
 _REFERENCE = "#/components/schemas/{name}"
 _ANSWER_PREFIX = "answer."  # bodies and answers have parts of the same name
@@ -84,6 +86,7 @@ def create_app(context: ApiContext) -> FastAPI:
             openapi_extra=extra,
             responses=_responses(answers),
             response_model=None,
+            include_in_schema=handler not in (page.index, page.static_file),  # for browsers
         )
 
     route("POST", "/v1/completions", completions.create_completion, CompletionRequest, Completion, Completion)
@@ -91,6 +94,7 @@ def create_app(context: ApiContext) -> FastAPI:
     route("POST", "/v1/responses", responses_api.create_response, ResponsesRequest)
     route("POST", "/v1/messages", messages.create_message, MessagesRequest)
     route("POST", "/v1/messages/count_tokens", messages.count_tokens, CountTokensRequest)
+    route("POST", "/v1/embeddings", embeddings.create_embeddings, EmbeddingsRequest, Embeddings)
     route("POST", "/tokenize", tokenize.tokenize, TokenizeRequest)
     route("POST", "/detokenize", tokenize.detokenize, DetokenizeRequest)
     route("GET", "/v1/models", ops.list_models)
@@ -100,6 +104,8 @@ def create_app(context: ApiContext) -> FastAPI:
     route("GET", "/ready", ops.health)
     route("GET", "/metrics", ops.metrics)
     route("GET", "/version", ops.version)
+    route("GET", "/", page.index)
+    route("GET", "/static/{name}", page.static_file)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 

@@ -153,7 +153,7 @@ class Generation:
                     continue
                 choice = self._unfinished[event.request_id]
                 if event.finish_reason is FinishReason.ERROR:
-                    raise _failure(event)
+                    raise failure(event)
                 delta = choice.accept(event)
                 earlier = deltas.setdefault(event.request_id, delta)
                 if earlier is not delta:
@@ -211,7 +211,7 @@ def _milliseconds(seconds: float) -> float:
     return round(seconds * 1e3, 3)
 
 
-def _failure(event: TokenEvent) -> RequestError:
+def failure(event: TokenEvent) -> RequestError:
     message = event.error or "the engine failed"
     if event.is_request_fault:
         return RequestError(message)

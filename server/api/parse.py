@@ -16,6 +16,7 @@ from server.api.chat_options import (
 from server.api.chat_prompt import render_prompt
 from server.api.context import ApiContext
 from server.api.errors import RequestError
+from server.api.prompts import refuse_longer_text, refuse_priority, refuse_unknown_ids, room_after, split_prompt
 from server.api.schemas import ChatRequest, CompletionRequest, GenerationFields
 from server.types import SamplingParams
 
@@ -77,7 +78,7 @@ async def parse_completion(body: CompletionRequest, context: ApiContext) -> Gene
     prompts = []
     for index, whole in enumerate(token_ids):
         ids = _truncated(whole, body, context, body.max_tokens)
-        limit = _room(ids, context, needs_output=body.max_tokens != 0 or scores_prompt)
+        limit = room_after(ids, context, needs_output=body.max_tokens != 0 or scores_prompt)
         echo_text = ""
         if body.echo:
             echo_text = (
@@ -108,13 +109,13 @@ async def parse_chat(body: ChatRequest, context: ApiContext) -> GenerationJob:
     choice = tool_choice(body, context)
     text = render_prompt(body, context, choice.offered)
     if body.truncate_prompt_tokens is None:
-        _refuse_longer_text([text], context, "messages")
+        refuse_longer_text([text], context, "messages")
     [ids] = await context.tokenizer.encode_all([text], add_special_tokens=False)
     if not ids:
         raise RequestError("messages: the chat template makes an empty prompt of them", param="messages")
     asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     ids = _truncated(ids, body, context, asked)
-    limit = _room(ids, context, needs_output=True, param="messages")
+    limit = room_after(ids, context, needs_output=True, param="messages")
     if asked is None:
         asked = context.defaults.max_new_tokens or limit
     num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
@@ -141,10 +142,10 @@ def _truncated(ids: list[int], body: GenerationFields, context: ApiContext, max_
 
 async def _tokenize_prompts(body: CompletionRequest, context: ApiContext) -> tuple[list[list[int]], list[str] | None]:
     """The prompts' token ids, and their texts where they came as text."""
-    texts, id_lists = _split_prompt(body.prompt)
+    texts, id_lists = split_prompt(body.prompt)
     if texts is not None:
         if body.truncate_prompt_tokens is None:
-            _refuse_longer_text(texts, context, "prompt")
+            refuse_longer_text(texts, context, "prompt")
         id_lists = await context.tokenizer.encode_all(texts, body.add_special_tokens is not False)
         if not all(id_lists):
             raise RequestError("prompt: must not be empty: this model adds no token of its own", param="prompt")
@@ -152,60 +153,6 @@ async def _tokenize_prompts(body: CompletionRequest, context: ApiContext) -> tup
     for ids in id_lists:
         refuse_unknown_ids(ids, context, "prompt")
     return id_lists, None
-
-
-def _split_prompt(prompt: str | list[str] | list[int] | list[list[int]]) -> tuple[list[str] | None, list[list[int]]]:
-    """The prompt as several texts, or else as several lists of token ids. Lists are of one kind: the schema's."""
-    if isinstance(prompt, str):
-        return [prompt], []
-    if isinstance(prompt[0], str):
-        return prompt, []
-    if isinstance(prompt[0], int):
-        return None, [prompt]
-    return None, prompt
-
-
-def refuse_unknown_ids(token_ids: list[int], context: ApiContext, param: str) -> None:
-    highest = max(token_ids, default=-1)
-    if highest >= context.vocab_size:
-        raise RequestError(
-            f"{param}: token id {highest} is outside the vocabulary of {context.vocab_size}", param=param
-        )
-
-
-def _refuse_longer_text(texts: list[str], context: ApiContext, param: str) -> None:
-    """Refuse text that cannot fit without tokenizing it, which would take seconds for megabytes."""
-    for text in texts:
-        if len(text) <= 8 * context.max_model_len:
-            continue
-        least = len(text) // context.tokenizer.max_token_characters
-        if least > context.max_model_len:
-            raise _too_long(f"at least {least}", context.max_model_len, param)
-
-
-def _room(ids: list[int], context: ApiContext, needs_output: bool, param: str = "prompt") -> int:
-    """How many tokens can follow the prompt. Raises RequestError when it does not fit, with room for one if asked for."""
-    room = context.max_model_len - len(ids)
-    if room < 0:
-        raise _too_long(str(len(ids)), context.max_model_len, param)
-    if room == 0 and needs_output:
-        raise RequestError(
-            f"This model's maximum context length is {context.max_model_len} tokens. However, your prompt contains "
-            f"{len(ids)} input tokens, which leaves no room for output tokens. Please reduce the length of the input prompt.",
-            param=param,
-            code="context_length_exceeded",
-        )
-    return room
-
-
-def _too_long(num_tokens: str, max_model_len: int, param: str) -> RequestError:
-    # vLLM's words: clients look for "maximum context length".
-    return RequestError(
-        f"This model's maximum context length is {max_model_len} tokens. However, your prompt contains {num_tokens} input "
-        "tokens, which exceeds this limit even without any output tokens. Please reduce the length of the input prompt.",
-        param=param,
-        code="context_length_exceeded",
-    )
 
 
 async def _job(
@@ -218,10 +165,7 @@ async def _job(
     num_prompt_logprobs: int | None = None,
     grammar: str | None = None,
 ) -> GenerationJob:
-    if body.priority and not context.has_priorities:
-        raise RequestError(
-            "priority: this server serves who comes first; it needs --scheduling-policy priority", param="priority"
-        )
+    refuse_priority(body.priority, context)
     stream = bool(body.stream)
     if body.stream_options is not None and not stream:
         raise RequestError("stream_options: only allowed when stream is true", param="stream_options")

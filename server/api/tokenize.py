@@ -11,7 +11,7 @@ from server.api.body import read_body
 from server.api.chat_prompt import render_prompt
 from server.api.context import ApiContext
 from server.api.errors import RequestError
-from server.api.parse import refuse_unknown_ids
+from server.api.prompts import refuse_unknown_ids
 from server.api.responses import json_response
 from server.api.schemas import DetokenizeRequest, TokenizeRequest
 from server.text import Tokenizer

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Rows
+
 from kernels.batch import ForwardBatch
-from server.engine.step import ScheduledBatch
+from server.engine.step import ScheduledSequence
 
 
-def fill_forward_batch(forward: ForwardBatch, scheduled: ScheduledBatch, block_size: int) -> None:
-    """Writes the step into `forward`: one logits row per sequence that samples, at its last token, and after those one per
+def fill_forward_batch(forward: ForwardBatch, entries: Rows[ScheduledSequence], block_size: int) -> None:
+    """Writes entries of a step into `forward`: one logits row per sequence that samples, at its last token, and after those one per
     scored position."""
     input_ids: list[int] = []
     positions: list[int] = []
@@ -16,17 +18,17 @@ def fill_forward_batch(forward: ForwardBatch, scheduled: ScheduledBatch, block_s
     seq_lens: list[int] = []
     logit_rows: list[int] = []
     scored_rows: list[int] = []
-    for entry in scheduled.entries:
+    for entry in entries:
         sequence, start, end = entry.sequence, entry.start, entry.start + entry.num_new_tokens
         input_ids += sequence.token_ids[start:end]
         positions += range(start, end)
         slots += slot_range(sequence.block_table, start, end, block_size)
         query_lens.append(end - start)
         seq_lens.append(end)
-        if entry.is_last_chunk:
+        if entry.samples:
             logit_rows.append(len(input_ids) - 1)
         scored_rows += (len(input_ids) - end + position for position in entry.scored)
-    tables = [entry.sequence.block_table for entry in scheduled.entries]
+    tables = [entry.sequence.block_table for entry in entries]
     forward.fill(input_ids, positions, slots, query_lens, seq_lens, tables, logit_rows + scored_rows)
 
 

@@ -26,6 +26,7 @@ from server.types import (
     EngineOutput,
     FinishReason,
     GenerateRequest,
+    PoolRequest,
     Shutdown,
     StepOutput,
     TokenEvent,
@@ -48,7 +49,7 @@ class EngineUnavailable(Exception):
 class EngineObserver(Protocol):
     """Told of what passes, for metrics. Called on the event loop; must be quick."""
 
-    def on_submit(self, request: GenerateRequest) -> None: ...
+    def on_submit(self, request: GenerateRequest | PoolRequest) -> None: ...
 
     def on_step(self, output: StepOutput) -> None: ...
 
@@ -142,7 +143,7 @@ class EngineClient:
         self.info = await self._started
         return self.info
 
-    def submit(self, request: GenerateRequest, mailbox: Mailbox) -> None:
+    def submit(self, request: GenerateRequest | PoolRequest, mailbox: Mailbox) -> None:
         """Send a request; its events arrive in `mailbox`, the last with a finish reason, whatever happens to the engine."""
         if self._state is not EngineState.READY:
             raise EngineUnavailable(self._why_unavailable())

@@ -17,6 +17,7 @@ from server.types import (
     EngineInput,
     EngineOutput,
     GenerateRequest,
+    PoolRequest,
     Shutdown,
     StepOutput,
 )
@@ -24,6 +25,7 @@ from server.types import (
 # A message's index here is its first byte. Both processes come from one installation, so the order is free to change.
 _MESSAGES: tuple[type[Any], ...] = (
     GenerateRequest,
+    PoolRequest,
     AbortRequest,
     Shutdown,
     StepOutput,

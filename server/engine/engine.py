@@ -21,7 +21,7 @@ from server.engine.step import ScheduledBatch, StepBudget
 from server.memory import MemoryLimit, memory_limit
 from server.model_config import ModelConfig, ModelError, load_model_config
 from server.models.loader import load_decoder
-from server.types import AbortReason, EngineInfo, FinishReason, GenerateRequest, StepOutput, TokenEvent
+from server.types import AbortReason, EngineInfo, FinishReason, GenerateRequest, PoolRequest, StepOutput, TokenEvent
 
 logger = logging.getLogger(__name__)
 
@@ -57,15 +57,17 @@ class Engine:
         self._pending_events: list[TokenEvent] = []  # of aborts, told with the next step's
         self._random = random.Random(seed) if seed is not None else random.SystemRandom()
 
-    def submit(self, request: GenerateRequest) -> None:
-        """Queues a request. Its id must be new, its prompt shorter than max_model_len: the edge has made sure.
+    def submit(self, request: GenerateRequest | PoolRequest) -> None:
+        """Queues a request. Its id must be new; its prompt shorter than max_model_len, or no longer where it is only embedded: the
+        edge has made sure.
         Raises ValueError where it brings a grammar and the engine has none."""
         assert request.request_id not in self._sequences, f"duplicate request id {request.request_id}"
-        seed = request.sampling.seed
+        sampling = None if isinstance(request, PoolRequest) else request.sampling
+        seed = 0 if sampling is None else sampling.seed
         if seed is None:
             seed = self._random.getrandbits(63)
         sequence = Sequence(request, seed, list(request.prompt_token_ids))
-        if request.sampling.grammar is None:
+        if sampling is None or sampling.grammar is None:
             self.scheduler.add(sequence)
         elif self.grammars is None:
             raise ValueError("this engine has no grammars")
@@ -97,7 +99,9 @@ class Engine:
             now = time.monotonic()
             self._pending_events += self.scheduler.postprocess(batch, sampled, now)
             num_prompt_tokens = sum(
-                entry.sequence.num_prompt_tokens for entry in batch.entries if entry.sequence.first_token == now
+                entry.sequence.num_prompt_tokens
+                for entry in batch.entries
+                if entry.sequence.first_token == now or (entry.is_last_chunk and not entry.samples)
             )
         events, self._pending_events = self._pending_events, []
         for event in events:

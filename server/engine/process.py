@@ -30,6 +30,7 @@ from server.types import (
     EngineOutput,
     FinishReason,
     GenerateRequest,
+    PoolRequest,
     Shutdown,
     StepOutput,
     TokenEvent,
@@ -46,7 +47,7 @@ class Engine(Protocol):
 
     info: EngineInfo
 
-    def submit(self, request: GenerateRequest) -> None: ...
+    def submit(self, request: GenerateRequest | PoolRequest) -> None: ...
 
     def abort(self, request_id: str, reason: AbortReason) -> None: ...
 
@@ -126,7 +127,7 @@ class EngineLoop:
             except queue.Empty:
                 return True
             block = False
-            if isinstance(message, GenerateRequest):
+            if isinstance(message, GenerateRequest | PoolRequest):
                 self._submit(message)
             elif isinstance(message, AbortRequest):
                 self._engine.abort(message.request_id, message.reason)
@@ -138,7 +139,7 @@ class EngineLoop:
             elif isinstance(message, _PeerGone):
                 return False
 
-    def _submit(self, request: GenerateRequest) -> None:
+    def _submit(self, request: GenerateRequest | PoolRequest) -> None:
         """A ValueError of `submit` ends that request alone."""
         try:
             self._engine.submit(request)

@@ -11,10 +11,11 @@ from torch import Tensor
 from kernels.backend import Backend, KVCacheSpec, SampledRows
 from server.engine.batch import fill_forward_batch
 from server.engine.logits import Scores
+from server.engine.pooling import pool_states
 from server.engine.sampler import Sampler
 from server.engine.scheduler import SampledToken
 from server.engine.sequence import Sequence
-from server.engine.step import ScheduledBatch
+from server.engine.step import ScheduledBatch, ScheduledSequence
 from server.models.decoder import Decoder
 
 WARM_UP_TOKENS = 64
@@ -69,8 +70,12 @@ class Runner:
 
     @torch.inference_mode()
     def launch(self, scheduled: ScheduledBatch) -> StepHandle:
-        fill_forward_batch(self.batch, scheduled, self.block_size)
+        self._pool(scheduled.only(pooling=True))
+        entries = scheduled.only(pooling=False)
         sequences = scheduled.sampling
+        if not entries:
+            return StepHandle(None, {}, {}, [])
+        fill_forward_batch(self.batch, entries, self.block_size)
         sampling = self.sampler.fill(sequences)
         logits: Tensor = self.program.run()
         num_rows = len(sequences)
@@ -85,6 +90,14 @@ class Runner:
         }
         errors = self.sampler.apply_rules(sequences, rows)
         return StepHandle(self.backend.sample(rows, sampling), scores, errors, prompt_scores)
+
+    def _pool(self, entries: list[ScheduledSequence]) -> None:
+        """A pass of its own for prompts that are embedded: it ends in hidden states of every token, and in no logits. Waits for
+        them, as the buffers are wanted again for the rest of the step."""
+        if entries:
+            fill_forward_batch(self.batch, entries, self.block_size)
+            states = self.backend.run_once(lambda: self.decoder.forward(self.batch, self.kv, to_logits=False))
+            pool_states(entries, states.float().cpu())
 
     def _score_prompts(self, scheduled: ScheduledBatch, logits: Tensor) -> list[tuple[Sequence, int, Scores]]:
         scored = [(entry.sequence, position) for entry in scheduled.entries for position in entry.scored]

@@ -60,7 +60,7 @@ class Scheduler:
         self.running: list[Sequence] = []
 
     def add(self, sequence: Sequence) -> None:
-        assert sequence.num_prompt_tokens < self.max_model_len
+        assert sequence.num_prompt_tokens + (sequence.pooling is None) <= self.max_model_len
         time = 0.0
         if self.priority_aging_seconds is not None:
             time = sequence.request.arrival_time + sequence.request.priority * self.priority_aging_seconds
@@ -107,8 +107,7 @@ class Scheduler:
         for index, sequence in enumerate(self.waiting):
             if self._waits_for_sibling(sequence):
                 continue
-            # What the cache holds is not computed, and so cannot be scored.
-            prefix = [] if sequence.num_unscored_tokens else self.block_manager.find_prefix(sequence)
+            prefix = [] if sequence.needs_every_position else self.block_manager.find_prefix(sequence)
             if not self.block_manager.can_allocate(sequence, prefix):
                 return None
             del self.waiting[index]
@@ -122,11 +121,11 @@ class Scheduler:
         return None
 
     def _waits_for_sibling(self, sequence: Sequence) -> bool:
-        group, size = sequence.request.group_id, self.block_manager.block_size
+        group, size = sequence.group_id, self.block_manager.block_size
         shared = (sequence.num_prompt_tokens - 1) // size * size
         if not group or not shared or not self.block_manager.enable_prefix_caching:
             return False
-        return any(other.request.group_id == group and other.num_computed_tokens < shared for other in self.running)
+        return any(other.group_id == group and other.num_computed_tokens < shared for other in self.running)
 
     def _preempt_last(self) -> Sequence:
         victim = max(self.running, key=lambda sequence: sequence.rank)
@@ -147,14 +146,24 @@ class Scheduler:
         rows = iter(sampled)
         for entry in batch.entries:
             sequence = entry.sequence
-            row = next(rows) if entry.is_last_chunk else None
+            row = next(rows) if entry.samples else None
             if sequence.status is not SequenceStatus.RUNNING:
                 continue
             sequence.num_computed_tokens = entry.start + entry.num_new_tokens
             self.block_manager.publish(sequence, entry.start)
             if row is not None:
                 events.append(self._append(sequence, row, now))
+            elif entry.is_last_chunk:
+                events.append(self._finish_pooled(sequence, now))
         return events
+
+    def _finish_pooled(self, sequence: Sequence, now: float) -> TokenEvent:
+        """The whole prompt of a sequence to embed is computed."""
+        assert sequence.pooled is not None
+        embedding = sequence.pooled.embedding()
+        if embedding is None:
+            return self.finish(sequence, FinishReason.ERROR, now, error="the model's hidden states were not finite")
+        return replace(self.finish(sequence, FinishReason.STOP, now), embedding=embedding)
 
     def _append(self, sequence: Sequence, row: SampledToken, now: float) -> TokenEvent:
         error = row.error

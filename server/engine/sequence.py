@@ -6,11 +6,20 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from server.types import FinishReason, GenerateRequest, RequestTimings, SamplingParams, TokenLogprob
+from server.types import (
+    FinishReason,
+    GenerateRequest,
+    Pooling,
+    PoolRequest,
+    RequestTimings,
+    SamplingParams,
+    TokenLogprob,
+)
 
 if TYPE_CHECKING:  # they need torch, which nothing else here does
     from server.engine.logits import LogitRules
     from server.engine.matcher import GrammarMatcher
+    from server.engine.pooling import PooledStates
 
 
 class SequenceStatus(Enum):
@@ -24,7 +33,7 @@ class Sequence:
     """`token_ids` is the prompt followed by the output. The first `num_computed_tokens` have their keys and values in the blocks
     of `block_table`; block i holds positions i * block_size on."""
 
-    request: GenerateRequest
+    request: GenerateRequest | PoolRequest
     seed: int
     token_ids: list[int]
     num_computed_tokens: int = 0
@@ -38,13 +47,14 @@ class Sequence:
     rules: LogitRules | None = None  # made by the sampler where the request has any
     matcher: GrammarMatcher | None = None
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # of prompt tokens 1 on, as far as computed
+    pooled: PooledStates | None = None  # of a prompt to embed, as far as computed
     rank: tuple[float, int] = (0.0, 0)  # the scheduler's: the lesser goes first
     has_rules: bool = field(init=False)
 
     def __post_init__(self) -> None:
         assert self.token_ids, "a sequence has at least one prompt token"
         assert 0 <= self.num_computed_tokens <= len(self.token_ids)
-        self.has_rules = self.request.sampling.changes_logits
+        self.has_rules = isinstance(self.request, GenerateRequest) and self.request.sampling.changes_logits
 
     @property
     def request_id(self) -> str:
@@ -52,7 +62,22 @@ class Sequence:
 
     @property
     def sampling(self) -> SamplingParams:
+        assert isinstance(self.request, GenerateRequest), "what is embedded is not sampled"
         return self.request.sampling
+
+    @property
+    def pooling(self) -> Pooling | None:
+        """How the prompt is embedded; None for sequences that generate."""
+        return self.request.pooling if isinstance(self.request, PoolRequest) else None
+
+    @property
+    def group_id(self) -> str:
+        return self.request.group_id if isinstance(self.request, GenerateRequest) else ""
+
+    @property
+    def needs_every_position(self) -> bool:
+        """What the prefix cache holds is not computed, and so can be neither scored nor averaged."""
+        return self.pooling is Pooling.MEAN or self.num_unscored_tokens > 0
 
     @property
     def num_tokens(self) -> int:
@@ -73,7 +98,7 @@ class Sequence:
     @property
     def num_unscored_tokens(self) -> int:
         """Prompt tokens whose log probabilities are asked for and not known yet."""
-        if self.sampling.num_prompt_logprobs is None:
+        if self.pooling is not None or self.sampling.num_prompt_logprobs is None:
             return 0
         return self.num_prompt_tokens - 1 - len(self.prompt_logprobs)
 

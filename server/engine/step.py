@@ -45,8 +45,12 @@ class ScheduledSequence:
 
     @property
     def is_last_chunk(self) -> bool:
-        """The newest token is computed, so this sequence samples."""
+        """The newest token is computed."""
         return self.start + self.num_new_tokens == self.sequence.num_tokens
+
+    @property
+    def samples(self) -> bool:
+        return self.is_last_chunk and self.sequence.pooling is None
 
     @property
     def scored(self) -> range:
@@ -69,7 +73,11 @@ class ScheduledBatch:
 
     @property
     def sampling(self) -> list[Sequence]:
-        return [entry.sequence for entry in self.entries if entry.is_last_chunk]
+        return [entry.sequence for entry in self.entries if entry.samples]
+
+    def only(self, pooling: bool) -> list[ScheduledSequence]:
+        """The entries whose prompts are embedded, or those of sequences that generate."""
+        return [entry for entry in self.entries if (entry.sequence.pooling is not None) == pooling]
 
     @property
     def num_tokens(self) -> int:

@@ -76,16 +76,18 @@ class Decoder:
         self.embedding_scale = config.scales.embedding / config.scales.residual
         self.norm_eps = config.rms_norm_eps / config.scales.residual**2
 
-    def forward(self, batch: ForwardBatch, kv: Sequence[KVCache]) -> Tensor:
-        """Logits, fp32 [batch.num_rows, vocabulary], of the rows that the batch selects; writes the batch's keys and values."""
+    def forward(self, batch: ForwardBatch, kv: Sequence[KVCache], to_logits: bool = True) -> Tensor:
+        """Logits, fp32 [batch.num_rows, vocabulary], of the rows that the batch selects; writes the batch's keys and values.
+        Without `to_logits`: what the head would read, [batch.num_tokens, hidden], of every token."""
         backend, layers = self.backend, self.weights.layers
+        head = self.weights.head if to_logits else None
         x = backend.embed(batch, self.weights.embedding, self.embedding_scale)
         hidden, residual = self._add_norm(x, None, None, layers[0].input_norm, layers[0].qkv)
         for index, layer in enumerate(layers):
             is_last = index + 1 == len(layers)
             following = None if is_last else layers[index + 1]
             attended = self._attention(layer, hidden, batch, kv[index], for_linear=None if is_last else layer.o)
-            if is_last:  # from here on only the rows count whose logits are wanted
+            if is_last and to_logits:  # from here on only the rows count whose logits are wanted
                 attended, residual = backend.pick_rows(attended, residual, batch, for_linear=layer.o)
             x = backend.linear(attended, layer.o)
             hidden, residual = self._add_norm(
@@ -93,12 +95,19 @@ class Decoder:
             )
             x = layer.mlp.forward(backend, hidden, self.activation)
             norm = following.input_norm if following else self.weights.final_norm
-            reader = following.qkv if following else self.weights.head
+            reader = following.qkv if following else head
             hidden, residual = self._add_norm(x, residual, layer.mlp_output_norm, norm, reader)
-        return backend.logits(hidden, self.weights.head, self.config.scales.logits_soft_cap)
+        if head is None:
+            return hidden.dense()
+        return backend.logits(hidden, head, self.config.scales.logits_soft_cap)
 
     def _add_norm(
-        self, x: Tensor, residual: Tensor | None, x_norm: Tensor | None, norm: Tensor | None, reader: PreparedLinear
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        x_norm: Tensor | None,
+        norm: Tensor | None,
+        reader: PreparedLinear | None,
     ) -> tuple[LinearInput, Tensor]:
         """What `reader` reads, and the residual stream, once x (or its norm) is added to it."""
         return self.backend.add_rms_norm(x, residual, norm, self.norm_eps, self.unit_offset, reader, x_norm)

@@ -22,7 +22,7 @@ from server.engine.engine import Engine, build_engine
 from server.model_config import load_model_config
 from server.models.decoder import Decoder
 from server.models.loader import load_decoder
-from server.types import GenerateRequest, SamplingParams
+from server.types import GenerateRequest, Pooling, PoolRequest, SamplingParams
 from tests.awq_checkpoints import make_awq_checkpoint
 from tests.gpu.devices import HostDevice
 from tests.kernels.batches import BLOCK_SIZE, make_batch, make_tables
@@ -173,6 +173,28 @@ def serve(engine: Engine, max_tokens: int = 4) -> dict[str, list[int]]:
         for event in engine.step().events:
             outputs.setdefault(event.request_id, []).extend(event.token_ids)
     return outputs
+
+
+@pytest.mark.slow
+def test_embeddings_equal_the_reference(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a request that generates, in chunks."""
+
+    def embed(device: HostDevice | None) -> dict[str, Tensor]:
+        engine = engine_of(checkpoint, monkeypatch, device)
+        params = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
+        engine.submit(GenerateRequest("beside", random_tokens(9), params, time.monotonic()))
+        for pooling in Pooling:
+            engine.submit(PoolRequest(pooling.value, random_tokens(20, 2), pooling, time.monotonic()))
+        events = []
+        while engine.has_work():
+            events += engine.step().events
+        assert sum(len(event.token_ids) for event in events) == 4
+        return {event.request_id: torch.tensor(event.embedding) for event in events if event.embedding is not None}
+
+    expected, got = embed(None), embed(HostDevice())
+    assert got.keys() == expected.keys() == {"mean", "last"}
+    for name, embedding in expected.items():
+        assert torch.dot(embedding, got[name]) > 0.999
 
 
 def clear_prefix(checkpoint: Path, prompt: list[int], tokens: list[int]) -> int:

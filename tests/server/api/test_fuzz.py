@@ -61,7 +61,7 @@ def check_operation(operation: Any, post: Any, num_cases: int) -> dict[int, int]
 @pytest.mark.parametrize(
     "path",
     ["/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens",
-     "/tokenize", "/detokenize"],
+     "/v1/embeddings", "/tokenize", "/detokenize"],
 )  # fmt: skip
 def test_no_request_is_the_servers_fault(tmp_path: Path, path: str) -> None:
     model = tiny_checkpoint(tmp_path)

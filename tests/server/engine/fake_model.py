@@ -51,7 +51,7 @@ class FakeRunner:
 
     def launch(self, scheduled: ScheduledBatch) -> list[SampledToken]:
         batch = self.batch
-        fill_forward_batch(batch, scheduled, self.block_size)
+        fill_forward_batch(batch, scheduled.entries, self.block_size)
         num_tokens, num_sequences, num_rows = batch.counts.tolist()
         self.largest_batch = max(self.largest_batch, num_tokens)
         for token in range(num_tokens):
