@@ -213,10 +213,10 @@ def test_the_whole_engine_with_graphs_equals_the_reference(checkpoint: Path, mon
     device = HostDevice(static=lambda: tensors_of(static))
     original = Decoder.forward
 
-    def noting(self: Decoder, batch: ForwardBatch, kv: Any) -> Tensor:
+    def noting(self: Decoder, batch: ForwardBatch, kv: Any, **options: bool) -> Tensor:
         if self.backend.name == "gpu":
-            static[:] = [self.weights, self.rotary, batch, kv, self.backend.workspace]
-        return original(self, batch, kv)
+            static[:] = [self.weights, batch, kv, self.backend.workspace]
+        return original(self, batch, kv, **options)
 
     monkeypatch.setattr(Decoder, "forward", noting)
     engine = engine_of(checkpoint, monkeypatch, device)
@@ -253,7 +253,7 @@ def graph_program(checkpoint: Path, plant: Any = None) -> tuple[Any, Any, list[A
     config = served.config
     batch, _ = served.backend.allocate_batches(8, 2, 4, 2)
     kv = served.backend.allocate_kv(KVCacheSpec(config.num_layers, 9, BLOCK_SIZE, config.num_kv_heads, config.head_dim))
-    holder += [served.decoder.weights, served.decoder.rotary, batch, kv, served.backend.workspace]
+    holder += [served.decoder.weights, batch, kv, served.backend.workspace]
     forward = functools.partial(served.decoder.forward, batch, kv)
     program = served.backend.record(plant(forward, batch) if plant else forward, batch)
     return program, batch, kv

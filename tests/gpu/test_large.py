@@ -57,7 +57,7 @@ def test_a_table_of_more_than_2_to_the_31_elements() -> None:
     rows = (1 << 31) // 64 + 8
     table, out = torch.empty(rows, 64, dtype=torch.float16), torch.empty(2, 64, dtype=torch.float16)
     table[-1], table[3] = 1.5, 2.5
-    fused.embed(torch.tensor([rows - 1, 3], dtype=torch.int32), table, out)
+    fused.embed(torch.tensor([rows - 1, 3], dtype=torch.int32), table, 1.0, out)
     assert (out[0] == 1.5).all() and (out[1] == 2.5).all()
     picked = torch.empty(2, 64, dtype=torch.float16)
     fused.gather_rows(table, torch.tensor([rows - 1, 3]).int(), torch.tensor([2, 1, 2]).int(), picked)
