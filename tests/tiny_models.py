@@ -118,7 +118,7 @@ TINY_MODELS: dict[str, tuple[type, dict[str, Any]]] = {
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
 
 
-_QUICK = ("llama-untied-biased", "gemma3_text", "phi3", "olmo2", "granite")
+_QUICK = ("llama-untied-biased", "gemma3_text", "phi3")
 
 
 def kinds_by_cost() -> list[Any]:

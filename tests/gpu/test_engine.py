@@ -271,6 +271,7 @@ def decode_steps(program: Any, batch: ForwardBatch, num_steps: int = 3) -> Tenso
     return torch.stack(logits)
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_replayed_graphs_equal_the_ops_one_by_one(checkpoint: Path) -> None:
     program, batch, _ = graph_program(checkpoint)
