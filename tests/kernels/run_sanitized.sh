@@ -15,4 +15,4 @@ AWQ_SANITIZE=1 "$python" setup.py -q build_ext --inplace
 LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)" \
     ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 UBSAN_OPTIONS=print_stacktrace=1 \
     OMP_NUM_THREADS=1 "$python" -m pytest -q -p no:cacheprovider -p no:xdist -o addopts= tests/kernels/test_cpu_ops.py \
-    tests/kernels/test_cpu_program.py tests/kernels/test_cpu_linear.py "$@"
+    tests/kernels/test_cpu_program.py tests/kernels/test_cpu_linear.py tests/kernels/test_cpu_moe.py "$@"
