@@ -3,13 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.backend import PROMPT_FLAG, Penalties
+from kernels.backend import PROMPT_FLAG, Penalties, PreparedLinear, Routing
 from kernels.batch import ForwardBatch, SamplingBatch
+
+L = TypeVar("L", bound=PreparedLinear)
+
+
+@dataclass(frozen=True, slots=True)
+class HostExperts(Generic[L]):
+    """A mixture: the router, and each expert's gate_up and down."""
+
+    router: L
+    experts: Sequence[tuple[L, L]]
+    routing: Routing
+
+    @property
+    def in_features(self) -> int:
+        return self.router.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.experts[0][1].out_features
+
+    @property
+    def expert_nbytes(self) -> list[int]:
+        return [gate_up.nbytes + down.nbytes for gate_up, down in self.experts]
+
+    @property
+    def nbytes(self) -> int:
+        return self.router.nbytes + sum(self.expert_nbytes)
 
 
 class HostBackend:

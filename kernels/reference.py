@@ -32,7 +32,7 @@ from kernels.backend import (
 )
 from kernels.batch import ForwardBatch, SamplingBatch
 from kernels.format import AwqWeight, DenseWeight
-from kernels.host import HostBackend
+from kernels.host import HostBackend, HostExperts
 
 ROW_MULTIPLE = 8
 """Rows that a plain matmul is padded to: the least for which the BLAS gives each row the same bits in any batch."""
@@ -79,28 +79,8 @@ class DenseLinear:
 
 
 @dataclass(frozen=True, slots=True)
-class DenseExperts:
-    """A mixture in fp32: the router, and each expert's gate_up and down."""
-
-    router: DenseLinear
-    experts: list[tuple[DenseLinear, DenseLinear]]
-    routing: Routing
-
-    @property
-    def in_features(self) -> int:
-        return self.router.in_features
-
-    @property
-    def out_features(self) -> int:
-        return self.experts[0][1].out_features
-
-    @property
-    def expert_nbytes(self) -> list[int]:
-        return [gate_up.nbytes + down.nbytes for gate_up, down in self.experts]
-
-    @property
-    def nbytes(self) -> int:
-        return self.router.nbytes + sum(self.expert_nbytes)
+class DenseExperts(HostExperts[DenseLinear]):
+    """A mixture in fp32."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,32 +9,14 @@ from kernels.backend import ExpertWeights, PreparedExperts, Routing
 from kernels.cpu import _native
 from kernels.cpu.linear import CpuLinear, pack_linear
 from kernels.format import DenseWeight
+from kernels.host import HostExperts
 
 
 @dataclass(frozen=True, slots=True)
-class CpuExperts:
-    """A `PreparedExperts`. The router reads its input as it is, in fp32; `layouts` are all forms of it that a linear here takes."""
+class CpuExperts(HostExperts[CpuLinear]):
+    """A `PreparedExperts`. The router reads its input as it is, in fp32."""
 
-    router: CpuLinear
-    experts: tuple[tuple[CpuLinear, CpuLinear], ...]  # gate_up and down
-    routing: Routing
-    layouts: tuple[_native.ActivationLayout, ...]
-
-    @property
-    def in_features(self) -> int:
-        return self.router.in_features
-
-    @property
-    def out_features(self) -> int:
-        return self.experts[0][1].out_features
-
-    @property
-    def expert_nbytes(self) -> list[int]:
-        return [gate_up.nbytes + down.nbytes for gate_up, down in self.experts]
-
-    @property
-    def nbytes(self) -> int:
-        return self.router.nbytes + sum(self.expert_nbytes)
+    layouts: tuple[_native.ActivationLayout, ...]  # all forms of the input that a linear here takes
 
 
 def pack_experts(

@@ -63,7 +63,10 @@ def test_rendering_is_valid(values: dict[str, Any], kinds: set[str], version: st
 
 
 def test_lint() -> None:
-    helm_python.lint(str(CHART))
+    report = helm_python.lint(str(CHART), ALL, strict=True)
+    assert report["total_charts_linted"] == 1 and not report["errors"]
+    warnings = [message for message in report["messages"] if message["severity"] >= 2]
+    assert not warnings, warnings
 
 
 def test_selectors_and_ports_fit() -> None:

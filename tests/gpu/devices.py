@@ -4,6 +4,7 @@ a graph that records ops and replays them on poisoned inputs."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 from kernels.gpu.device import Graph
 from kernels.gpu.tuning import CHIPS, Chip
+from server.config import EngineConfig
+from server.engine.engine import Engine, build_engine
 
 
 class HostDevice:
@@ -184,3 +187,10 @@ class WithoutDeviceGuards(TorchFunctionMode):
             else:
                 raise NotImplementedError(f"index {item!r}")
         return tensor
+
+
+def cuda_engine(checkpoint: Path, **options: Any) -> Engine:
+    """An engine on what the `device` fixture stands in for; `options` are of `EngineConfig`."""
+    return build_engine(
+        EngineConfig(model=str(checkpoint), **{"device": "cuda", "seed": 0, "max_num_seqs": 5} | options)
+    )

@@ -16,11 +16,9 @@ from kernels.backend import AttentionShape, BackendOptions, KVCacheSpec
 from kernels.gpu.backend import GpuBackend
 from kernels.gpu.cases import all_cases
 from kernels.gpu.launch import Launch
-from server.config import EngineConfig
-from server.engine.engine import build_engine
 from server.types import GenerateRequest, SamplingParams
 from tests.awq_checkpoints import make_awq_checkpoint
-from tests.gpu.devices import FakeCudaDevice
+from tests.gpu.devices import FakeCudaDevice, cuda_engine
 from tests.gpu.launches import name_of, recorded
 from tests.tiny_models import TINY_MODELS, make_tiny_model
 
@@ -74,17 +72,7 @@ def launched_modes(checkpoint: Path, device: FakeCudaDevice, **options: Any) -> 
     """Of an engine that serves a few requests, its warm-up included."""
     found: list[Launch] = []
     with recorded(found):
-        engine = build_engine(
-            EngineConfig(
-                model=str(checkpoint),
-                max_model_len=400,
-                max_num_seqs=5,
-                max_num_batched_tokens=700,
-                device="cuda",
-                seed=0,
-                **options,
-            )
-        )
+        engine = cuda_engine(checkpoint, max_model_len=400, max_num_batched_tokens=700, **options)
         for index, rules in enumerate(({"logit_bias": ((5, 1.0),)}, {"repetition_penalty": 1.2}, {"temperature": 1.0})):
             params = SamplingParams(max_tokens=3, **rules)  # type: ignore[arg-type]
             engine.submit(GenerateRequest(str(index), list(range(3, 103)), params, time.monotonic()))

@@ -19,11 +19,9 @@ from kernels.backend import RotaryTable
 from kernels.gpu.backend import GpuBackend, GpuSampledRows
 from kernels.gpu.launch import Launch
 from kernels.gpu.tuning import CHIPS
-from server.config import EngineConfig
-from server.engine.engine import build_engine
 from server.models.decoder import Decoder
 from server.types import GenerateRequest, SamplingParams
-from tests.gpu.devices import FakeCudaDevice
+from tests.gpu.devices import FakeCudaDevice, cuda_engine
 from tests.gpu.launches import NOT_SPECIALIZED, compiled_form, name_of, recorded
 
 
@@ -35,16 +33,7 @@ def serve(
     **options: Any,
 ) -> None:
     """Prefill in chunks, mixed steps and decodes; one wait per step that samples, and never a value read before it."""
-    config = EngineConfig(
-        model=str(checkpoint),
-        max_model_len=200,
-        max_num_seqs=5,
-        max_num_batched_tokens=48,
-        device="cuda",
-        seed=0,
-        **options,
-    )
-    engine = build_engine(config)
+    engine = cuda_engine(checkpoint, max_model_len=200, max_num_batched_tokens=48, **options)
     assert engine.info.backend == "gpu"
     for index, length in enumerate((3, 100, 40)):
         params = SamplingParams(max_tokens=3, temperature=float(index), top_k=4, min_tokens=2, **(rules or {}))
@@ -62,17 +51,7 @@ def test_mixtures_stay_on_their_device_and_compile_nothing_for_a_request(
 ) -> None:
     found: list[Launch] = []
     with recorded(found):
-        engine = build_engine(
-            EngineConfig(
-                model=str(mixture_checkpoint),
-                max_model_len=500,
-                max_num_seqs=5,
-                max_num_batched_tokens=300,
-                device="cuda",
-                seed=0,
-                **options,
-            )
-        )
+        engine = cuda_engine(mixture_checkpoint, max_model_len=500, max_num_batched_tokens=300, **options)
         warm = {compiled_form(start) for start in found}
         tiles = {start.constants["BLOCK_M"] for start in found if start.constants.get("TOP_K") == 2}
         assert tiles == ({64} if options else {16, 32, 64})
@@ -168,17 +147,13 @@ def test_requests_compile_nothing_and_need_no_more_workspace(
     device.chip = CHIPS[chip]
     found: list[Launch] = []
     with recorded(found):
-        engine = build_engine(
-            EngineConfig(
-                model=str(wide_checkpoint),
-                max_model_len=6000,
-                max_num_seqs=21,
-                max_num_batched_tokens=1100,
-                device="cuda",
-                seed=0,
-                enable_prefix_caching=False,
-                **options,
-            )
+        engine = cuda_engine(
+            wide_checkpoint,
+            max_model_len=6000,
+            max_num_seqs=21,
+            max_num_batched_tokens=1100,
+            enable_prefix_caching=False,
+            **options,
         )
         warm = {compiled_form(start) for start in found}
         assert len({start.constants["NUM_PARTS"] for start in found if name_of(start) == "awq_gemm_kernel"}) > 1
