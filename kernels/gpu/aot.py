@@ -8,7 +8,6 @@ import subprocess
 import tempfile
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +15,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from kernels.gpu.disassembly import TOOLS, Sass, disassemble
 from kernels.gpu.launch import Launch
-
-_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 _POINTERS = {
     torch.float16: "*fp16",
@@ -32,10 +30,6 @@ _POINTERS = {
     torch.uint8: "*u8",
     torch.bool: "*i1",
 }
-
-_INSTRUCTION = re.compile(r"^\s+(?:/\*[0-9a-f]+\*/)?\s*(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]+)(.*)")
-_LABEL = re.compile(r"^(\.L_x_\d+):")
-_TARGET = re.compile(r"`\((\.L_x_\d+)\)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,61 +90,43 @@ def source(launch: Launch) -> ASTSource:
     return ASTSource(kernel, signature, constants, attributes)
 
 
-def compile_launch(launch: Launch, arch: str) -> Compiled:
-    """Compiles for `arch` ("sm_80", "gfx942", ...) and reads the result back from the binary."""
-    started = time.perf_counter()
-    options: dict[str, Any] = {
-        "num_warps": launch.num_warps,
-        "num_stages": launch.num_stages,
-        "enable_fp_fusion": True,
-    }
-    if launch.max_registers is not None and arch.startswith("sm_"):
-        options["maxnreg"] = launch.max_registers
-    kernel = triton.compile(source(launch), target=target(arch), options=options)
-    seconds = time.perf_counter() - started
-    shared = kernel.metadata.shared
+def compile_launches(launches: list[Launch], arch: str) -> list[Compiled]:
+    """Compiles for `arch` ("sm_80", "gfx942", ...) and reads the results back from the binaries."""
+    kernels, seconds = [], []
+    for launch in launches:
+        started = time.perf_counter()
+        options: dict[str, Any] = {
+            "num_warps": launch.num_warps,
+            "num_stages": launch.num_stages,
+            "enable_fp_fusion": True,
+        }
+        if launch.max_registers is not None and arch.startswith("sm_"):
+            options["maxnreg"] = launch.max_registers
+        kernels.append(triton.compile(source(launch), target=target(arch), options=options))
+        seconds.append(time.perf_counter() - started)
     if not arch.startswith("sm_"):
-        return _read_amd(kernel.asm["amdgcn"], arch, seconds, shared)
-    with tempfile.TemporaryDirectory() as directory:
-        cubin = Path(directory) / "kernel.cubin"
-        cubin.write_bytes(kernel.asm["cubin"])
-        usage = _run("cuobjdump", "-res-usage", str(cubin))
-        sass = _run("nvdisasm", "-c", str(cubin))
+        pairs = zip(kernels, seconds, strict=True)
+        return [_read_amd(kernel.asm["amdgcn"], arch, taken, kernel.metadata.shared) for kernel, taken in pairs]
+    cubins = [kernel.asm["cubin"] for kernel in kernels]
+    return [
+        _read_nvidia(cubin, sass, arch, taken, kernel.metadata.shared)
+        for kernel, cubin, sass, taken in zip(kernels, cubins, disassemble(cubins, arch), seconds, strict=True)
+    ]
+
+
+def _read_nvidia(cubin: bytes, sass: Sass, arch: str, seconds: float, shared: int) -> Compiled:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(TOOLS / "cuobjdump"), "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=False).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"cuobjdump gave no register count: {usage[:200]!r}")
-    opcodes, loop = read_sass(sass)
-    counts, in_loop = collections.Counter(opcodes), collections.Counter(loop)
+    counts = collections.Counter(sass.opcodes)
     local = sum(number for opcode, number in counts.items() if opcode.startswith(("STL", "LDL")))
-    return Compiled(arch, seconds, int(found[1]), local + int(found[2]), shared, dict(counts), dict(in_loop))
-
-
-def read_sass(sass: str) -> tuple[list[str], list[str]]:
-    """All opcodes, and those of the loop (the range of a backward branch) with the most tensor core instructions."""
-    labels: dict[str, int] = {}
-    opcodes: list[str] = []
-    branches: list[tuple[int, str]] = []
-    for line in sass.splitlines():
-        label = _LABEL.match(line.strip())
-        if label:
-            labels[label[1]] = len(opcodes)
-            continue
-        instruction = _INSTRUCTION.match(line)
-        if not instruction:
-            continue
-        opcodes.append(instruction[1])
-        jump = _TARGET.search(instruction[2])
-        if instruction[1].startswith("BRA") and jump:
-            branches.append((len(opcodes), jump[1]))
-    best: list[str] = []
-    most = 0
-    for end, label_name in branches:
-        start = labels.get(label_name, end)
-        body = opcodes[start:end]
-        number = sum("MMA" in opcode for opcode in body)
-        if start < end and number > most:
-            best, most = body, number
-    return opcodes, best
+    loop = dict(collections.Counter(sass.loop))
+    return Compiled(arch, seconds, int(found[1]), local + int(found[2]), shared, dict(counts), loop)
 
 
 def _read_amd(assembly: str, arch: str, seconds: float, shared: int) -> Compiled:
@@ -161,8 +137,3 @@ def _read_amd(assembly: str, arch: str, seconds: float, shared: int) -> Compiled
     spills = value(r"\.vgpr_spill_count:\s*(\d+)")
     opcodes = collections.Counter(re.findall(r"^\s+((?:v|s|ds|buffer|global)_\w+)", assembly, re.M))
     return Compiled(arch, seconds, value(r"\.vgpr_count:\s*(\d+)"), spills, shared, dict(opcodes))
-
-
-def _run(tool: str, *arguments: str) -> str:
-    done = subprocess.run([_TOOLS / tool, *arguments], capture_output=True, text=True, check=False)
-    return done.stdout + done.stderr

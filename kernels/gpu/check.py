@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from kernels.gpu.aot import Compiled, compile_launch
+from kernels.gpu.aot import Compiled, compile_launches
 from kernels.gpu.bounds import Loop, Loops, attention_bounds, other_bounds, product_bounds
 from kernels.gpu.case import Case
 from kernels.gpu.cases import ARCHES, all_cases
@@ -161,8 +161,8 @@ class Findings:
 
 def compile_all(arch: str, short: bool) -> Findings:
     found = Findings()
-    for case in all_cases(arch, short):
-        compiled = compile_launch(case.launch, arch)
+    cases = list(all_cases(arch, short))
+    for case, compiled in zip(cases, compile_launches([case.launch for case in cases], arch), strict=True):
         found.lines.append(row(case, compiled))
         if case.dtype == torch.float16 and compiled.loop_length:
             found.loops[(arch, case.kernel, case.label, case.group_size)] = Loop.of(case.launch, compiled)

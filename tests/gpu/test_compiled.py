@@ -17,27 +17,27 @@ from kernels.gpu.tuning import CHIPS
 ROOT = Path(__file__).parent.parent.parent
 
 SASS = """
+	.headerflags	@"EF_CUDA_SM90"
         /*0000*/                   MOV R1, c[0x0][0x28] ;
-.L_x_1:
-        /*0010*/                   LDGSTS.E.BYPASS.128 [R5], desc[UR4][R2.64] ;
-        /*0020*/                   LOP3.LUT R8, R8, 0xf000f, R9, 0xea, !PT ;
-        /*0030*/                   HMMA.16816.F32 R4, R8, R12, R4 ;
-        /*0040*/              @!P0 I2F.F16 R8, R9 ;
-        /*0050*/               @P1 BRA `(.L_x_1) ;
-.L_x_2:
-        /*0060*/                   STL [R1], R4 ;
-        /*0070*/                   BRA `(.L_x_2) ;
+        /*0010*/                   EXIT ;
+        /*0020*/                   LDGSTS.E.BYPASS.128 [R5], desc[UR4][R2.64] ;
+        /*0030*/                   LOP3.LUT R8, R8, 0xf000f, R9, 0xea, !PT ;
+        /*0040*/                   HMMA.16816.F32 R4, R8, R12, R4 ;
+        /*0050*/              @!P0 I2F.F16 R8, R9 ;
+        /*0060*/               @P1 BRA 0x20 ;
+        /*0070*/                   STL [R1], R4 ;
+        /*0080*/                   BRA 0x70;
 """
 
 READ = f"""
-from kernels.gpu.aot import read_sass
-print(read_sass({SASS!r}))
+from kernels.gpu.disassembly import read_sass
+print([(kernel.opcodes, kernel.loop) for kernel in read_sass({SASS!r}, [32, 112])])
 """
 
 PLANTED = """
 import dataclasses, sys
 from kernels.gpu import cases, check
-from kernels.gpu.aot import Compiled, compile_launch
+from kernels.gpu.aot import Compiled, compile_launches
 case = next(case for case in cases.gemm_cases("sm_80", short=True))
 good = Compiled("sm_80", 0.0, 128, 0, 40000, {"HMMA": 32}, {"HMMA.16816.F32": 32, "LDGSTS.E.BYPASS.128": 4, "LOP3.LUT": 200})
 print(check.faults(case, good))
@@ -54,7 +54,7 @@ def converting(words_ptr, out_ptr):
     lanes = tl.arange(0, 128)
     tl.store(out_ptr + lanes, (tl.load(words_ptr + lanes) & 15).to(tl.float16))
 meta = lambda dtype: torch.empty(128, dtype=dtype, device="meta")
-planted = compile_launch(Launch(converting, (1,), (meta(torch.int16), meta(torch.float16)), {}, 4, 1), "sm_80")
+[planted] = compile_launches([Launch(converting, (1,), (meta(torch.int16), meta(torch.float16)), {}, 4, 1)], "sm_80")
 assert planted.count("I2F"), planted
 """
 
@@ -69,8 +69,9 @@ def run(*arguments: str, timeout: int = 3000) -> str:
 
 
 def test_the_checks_see_what_they_look_for() -> None:
-    opcodes, loop = eval(run("-c", READ))
-    assert opcodes[0] == "MOV" and "STL" in opcodes
+    (first, no_loop), (opcodes, loop) = eval(run("-c", READ))
+    assert first == ["MOV", "EXIT"] and not no_loop
+    assert opcodes[0] == "LDGSTS.E.BYPASS.128" and opcodes[-2:] == ["STL", "BRA"]
     assert loop == ["LDGSTS.E.BYPASS.128", "LOP3.LUT", "HMMA.16816.F32", "I2F.F16", "BRA"]
     run("-c", PLANTED_FILE)
 
