@@ -11,8 +11,10 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+
+import torch
 
 from server.config import EngineConfig
 from server.engine.engine import Engine, build_engine
@@ -20,6 +22,8 @@ from server.types import AbortReason, GenerateRequest, SamplingParams
 
 PYTHON_SHARE = "python and dispatch"
 """The part of a step outside the recorded program: scheduling, filling buffers, sampling, events."""
+TORCH_SHARE = "of that, torch ops"
+"""What is spent in torch's own ops, by torch's profiler, whose cost per op counts as the op's: an upper bound."""
 
 
 @dataclass(slots=True)
@@ -78,6 +82,7 @@ def measure_decode(
         total = sum(seconds)
         shares = {kind: value / total for kind, value in sorted(by_kind.items(), key=lambda item: -item[1])}
         shares[PYTHON_SHARE] = 1 - sum(shares.values())
+        shares[TORCH_SHARE] = torch_share(run)
     else:
         run()
     for sequence in list(running):
@@ -85,6 +90,16 @@ def measure_decode(
     engine.step()
     median = statistics.median(seconds)
     return DecodeResult(batch_size, batch_size / median, median * 1e3, shares)
+
+
+def torch_share(run: Callable[[], None]) -> float:
+    """Share of the time of `run` that torch's own CPU ops take."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        started = time.perf_counter()
+        run()
+        microseconds = (time.perf_counter() - started) * 1e6
+    ops = (event for event in profile.key_averages() if event.key.startswith("aten::"))
+    return sum(event.self_cpu_time_total for event in ops) / microseconds
 
 
 def greedy_request(request_id: str, prompt: list[int], max_tokens: int) -> GenerateRequest:
