@@ -69,6 +69,8 @@ class Architecture:
     sliding_window: Literal["none", "all", "used", "layer_types", "pattern"] = "none"
     """Which layers have `sliding_window`: all; all, if `use_sliding_window`; those that `layer_types` names, if
     `use_sliding_window`; those that it names, or that are not the last of each `sliding_window_pattern`."""
+    windows_before_full: bool = False
+    """Without `layer_types`, every other layer below `max_window_layers` has the window, and not all from there on."""
     activation: str = "hidden_act"
     """The field that names it."""
     rope_aliases: Mapping[str, str] = field(default_factory=dict)
@@ -136,6 +138,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         "Qwen1.5-MoE, Qwen2-MoE",
         qkv_bias=True,
         sliding_window="layer_types",
+        windows_before_full=True,
         mixture=replace(_QWEN_MIXTURE, shared=True),
     ),
     "qwen3_moe": Architecture(

@@ -290,7 +290,10 @@ def _layer_kinds(raw: Mapping[str, Any], architecture: Architecture, num_layers:
         kinds = [_FULL if rotates else _SLIDING for rotates in _rotating_layers(raw, architecture, num_layers)]
     elif kinds is None:
         first = raw.get("max_window_layers", num_layers)
-        kinds = [_FULL if layer < first else _SLIDING for layer in range(num_layers)]
+        if architecture.windows_before_full:
+            kinds = [_SLIDING if layer < first and layer % 2 == 0 else _FULL for layer in range(num_layers)]
+        else:
+            kinds = [_FULL if layer < first else _SLIDING for layer in range(num_layers)]
     if len(kinds) != num_layers:
         raise ModelError(f"config.json: layer_types has {len(kinds)} entries for {num_layers} layers")
     unknown = set(kinds) - {_FULL, _SLIDING}

@@ -179,6 +179,8 @@ OLDER_CONFIGS: list[tuple[str, tuple[str, ...], dict]] = [
         | {"sliding_window_pattern": 2},
     ),
     ("smollm3", ("no_rope_layers", "layer_types", "tie_word_embeddings"), {"no_rope_layer_interval": 2}),
+    ("qwen2", ("layer_types",), {}),
+    ("qwen2_moe", ("layer_types",), {}),
 ]
 
 
