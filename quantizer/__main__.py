@@ -20,7 +20,7 @@ OUT becomes a folder in the standard AWQ "gemm" format (or compressed-tensors), 
 generation config carried over and quantization_report.json beside the weights. It appears only when it is whole and
 has been read back.
 Stop it at any moment: the same command goes on at the next layer, and writes what it would have written.
-Llama, Mistral, Qwen2 and Qwen3 models are supported.
+docs/models.md lists the architectures; another one is refused by its name.
 """
 
 _EXAMPLES = """\
@@ -51,7 +51,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--no-memory-check", action="store_true", help="start even if memory or disk will not do by the estimate"
     )
     add_source_arguments(parser)
+    _add_format_arguments(parser, defaults)
+    _add_method_arguments(parser, defaults)
+    _add_calibration_arguments(parser, defaults)
+    return parser
 
+
+def _add_format_arguments(parser: argparse.ArgumentParser, defaults: QuantizeOptions) -> None:
     form = parser.add_argument_group("format")
     form.add_argument(
         "--group-size",
@@ -88,6 +94,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="size of a safetensors file at which the next one is begun (default: %(default)g)",
     )
 
+
+def _add_method_arguments(parser: argparse.ArgumentParser, defaults: QuantizeOptions) -> None:
     method = parser.add_argument_group("method")
     method.add_argument(
         "--method",
@@ -111,6 +119,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="feedback lets later columns make up for the rounding error of earlier ones (default: %(default)s)",
     )
 
+
+def _add_calibration_arguments(parser: argparse.ArgumentParser, defaults: QuantizeOptions) -> None:
     calibration = parser.add_argument_group("calibration")
     calibration.add_argument(
         "--calibration",
@@ -126,7 +136,6 @@ def build_parser() -> argparse.ArgumentParser:
         "--sequence-length", type=int, default=defaults.sequence_length, help="tokens of each (default: %(default)s)"
     )
     calibration.add_argument("--seed", type=int, default=defaults.seed, help="for drawing them (default: %(default)s)")
-    return parser
 
 
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:
