@@ -1,8 +1,8 @@
 """Every op in plain PyTorch: the oracle of the tests and the back end of last resort.
 
-Weights, activations and the KV cache are fp32. A row's result does not depend on the batch around it: oneDNN's packed products
-treat every row alike, other matmuls are padded to a multiple of ROW_MULTIPLE rows, for which the BLAS under torch does, and
-attention sums in an order fixed by position.
+Weights, activations and the KV cache are fp32. A row's result does not depend on the batch around it: linears are computed
+TILE_ROWS rows at a time, always the same product, since libraries sum in another order for another number of rows; attention's
+small matmuls are padded to a multiple of ROW_MULTIPLE rows, and its sums have an order fixed by position.
 """
 
 from __future__ import annotations
@@ -34,8 +34,11 @@ from kernels.batch import ForwardBatch, SamplingBatch
 from kernels.format import AwqWeight, DenseWeight
 from kernels.host import HostBackend, HostExperts
 
+TILE_ROWS = 16
+"""Rows of a linear that are computed at once. Products of whatever M is at hand would be about twice as fast; with AVX-512 both
+oneDNN and MKL then split K by M and by the number of threads, so that a row's bits depend on its neighbours."""
 ROW_MULTIPLE = 8
-"""Rows that a plain matmul is padded to: the least for which the BLAS gives each row the same bits in any batch."""
+"""Rows that attention's matmuls are padded to: the least for which the BLAS gives each row the same bits in any batch."""
 KEY_BLOCK = 64
 """Keys per step of the online softmax, aligned to position 0."""
 KEY_SEGMENT = 256
@@ -64,18 +67,21 @@ class DenseLinear:
         self.out_features, self.in_features = weight.shape
         self.nbytes = weight.nbytes + (bias.nbytes if bias is not None else 0)
         self.bias = bias
-        self._packed = None if not _HAS_ONEDNN else torch.ops.mkldnn._reorder_linear_weight(weight, ROW_MULTIPLE)
+        self._packed = None if not _HAS_ONEDNN else torch.ops.mkldnn._reorder_linear_weight(weight, TILE_ROWS)
         self._plain = weight if self._packed is None else None
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [M, K] to fp32 [M, N]. A row's bits do not depend on M."""
-        if self._packed is not None:
-            product = torch.ops.mkldnn._linear_pointwise(x.contiguous(), self._packed, None, "none", [], "")
-        else:
-            assert self._plain is not None
-            padded = torch.nn.functional.pad(x, (0, 0, 0, -x.shape[0] % ROW_MULTIPLE))
-            product = (padded @ self._plain.t())[: x.shape[0]]
+        padded = torch.nn.functional.pad(x, (0, 0, 0, -x.shape[0] % TILE_ROWS)).contiguous()
+        tiles = [self._multiply(tile) for tile in padded.split(TILE_ROWS)]
+        product = (tiles[0] if len(tiles) == 1 else torch.cat(tiles))[: x.shape[0]]
         return product if self.bias is None else product + self.bias
+
+    def _multiply(self, tile: Tensor) -> Tensor:
+        if self._packed is not None:
+            return torch.ops.mkldnn._linear_pointwise(tile, self._packed, None, "none", [], "")
+        assert self._plain is not None
+        return tile @ self._plain.t()
 
 
 @dataclass(frozen=True, slots=True)
