@@ -55,18 +55,18 @@ class Runner:
         self.program = backend.record(lambda: decoder.forward(self.batch, self.kv), self.batch)
 
     @torch.inference_mode()
-    def warm_up(self) -> float:
-        """Runs small batches, so that the first request finds everything compiled and paged in. Returns the seconds that a prompt
-        token takes, by the last of them. They write to the first blocks, which nothing refers to yet."""
+    def warm_up(self) -> tuple[float, int]:
+        """Runs small batches, so that the first request finds everything compiled and paged in. Returns the seconds that the last
+        of them took, and its number of tokens. They write to the first blocks, which nothing refers to yet."""
         length = min(self.batch.max_tokens, WARM_UP_TOKENS, self.batch.block_tables.shape[1] * self.block_size)
         tokens, blocks = range(length), range(-(-length // self.block_size))
         seconds = 0.0
         for _ in range(2):
             self.batch.fill([0] * length, tokens, tokens, [length], [length], [blocks], [length - 1])
             started = time.perf_counter()
-            self.program.run()
+            float(self.program.run()[0, 0])  # waits for it
             seconds = time.perf_counter() - started
-        return seconds / length
+        return seconds, length
 
     @torch.inference_mode()
     def launch(self, scheduled: ScheduledBatch) -> StepHandle:

@@ -93,6 +93,8 @@ class EchoEngine:
     aborted: list[tuple[str, AbortReason]] = field(default_factory=list)
     is_closed: bool = False
     before_step: Callable[[], None] | None = None
+    on_launch: Callable[[list[str], float], None] | None = None
+    predicted_seconds: float = 0.0
     _events: list[TokenEvent] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -120,6 +122,8 @@ class EchoEngine:
         if self.step_seconds:
             time.sleep(self.step_seconds)
         events, self._events = self._events, []
+        if self.on_launch is not None:
+            self.on_launch(list(self.running), self.predicted_seconds)
         for running in list(self.running.values()):
             if self.fail_on_token in running.request.prompt_token_ids:
                 raise RuntimeError("planted failure")
