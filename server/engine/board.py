@@ -60,5 +60,4 @@ class Board:
                 return BoardEntry(0, 0.0, frozenset())  # nothing was written yet
             if (current,) == _CURRENT.unpack_from(self._memory, 0):  # else the writer may have come round to this slot
                 break
-        return BoardEntry(current, 0.0, frozenset())
         return BoardEntry(current, predicted, frozenset(names.decode().split("\n")) - {""} if is_whole else None)
