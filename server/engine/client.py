@@ -161,7 +161,7 @@ class EngineClient:
         self.refuse_new()
         return await self._wait_idle(timeout)
 
-    async def reload(self, launch: Launcher, timeout: float) -> None:
+    async def reload(self, launch: Launcher, timeout: float) -> EngineInfo:
         """Another engine in place of this one. Running requests get `timeout` seconds and are then cut short; new ones are
         refused until the other is ready. Raises EngineUnavailable where it does not come up: then the former launcher's is
         started again, and failing that, restarts go on as after a crash.
@@ -182,7 +182,7 @@ class EngineClient:
             self._state = EngineState.RESTARTING
             self._recovery = asyncio.ensure_future(self._recover())
             raise
-        self._become_ready(is_restart=False)
+        return self._become_ready(is_restart=False)
 
     async def stop(self, timeout: float = 5.0) -> None:
         """End the engine: unfinished requests end with FinishReason.ABORT; killed when it has not ended in `timeout`."""
@@ -248,11 +248,12 @@ class EngineClient:
             await asyncio.shield(link.close())
             raise
 
-    def _become_ready(self, is_restart: bool) -> None:
+    def _become_ready(self, is_restart: bool) -> EngineInfo:
         assert self.info is not None
         self._state = EngineState.READY
         self._note_work()
         self.observer.on_start(self.info, is_restart)
+        return self.info
 
     def _unavailable(self) -> EngineUnavailable:
         why = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from kernels.backend import Backend, BackendOptions, KVCacheSpec
 from kernels.choice import create_backend
+from server.checkpoint_files import verified
 from server.config import EngineConfig
 from server.engine.block_manager import BlockManager
 from server.engine.kv_cache import DEFAULT_POOL_SHARE, GPU_POOL_SHARE, plan_kv_cache
@@ -179,7 +181,8 @@ def build_engine(config: EngineConfig, epoch: int = 0) -> Engine:
             "a step must hold one token of every running sequence"
         )
     longest = config.max_model_len or model.max_context
-    decoder = load_decoder(model_dir, model, backend, longest)
+    with verified(model_dir) if config.verify_checksums else contextlib.nullcontext():
+        decoder = load_decoder(model_dir, model, backend, longest)
 
     def kv_spec(num_blocks: int) -> KVCacheSpec:
         return KVCacheSpec(

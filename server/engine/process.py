@@ -238,8 +238,8 @@ def engine_main(
     config: EngineConfig, connection: Connection, board: Board, epoch: int, log_level: str = "info"
 ) -> None:
     """What the engine process runs. The API process decides when it ends, so signals sent to the whole group are ignored."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ignored, signal.SIG_IGN)
     logging.basicConfig(level=log_level.upper(), format="%(levelname)s engine: %(message)s", force=True)
     is_orderly = serve_engine(lambda: _build(config, epoch), connection, board, epoch, exit_when_orphaned=True)
     logging.shutdown()

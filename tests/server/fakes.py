@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -99,6 +99,12 @@ class EchoEngine:
 
     def __post_init__(self) -> None:
         self.gate.set()
+
+    def restart(self, epoch: int) -> None:
+        """As a new engine that knows nothing of the old one's requests."""
+        self.info = replace(self.info, epoch=epoch)
+        self.running.clear()
+        self._events.clear()
 
     def submit(self, request: GenerateRequest) -> None:
         if len(request.prompt_token_ids) + request.sampling.max_tokens > self.info.max_model_len:
@@ -240,12 +246,13 @@ async def running_edge(
     """The application over `engine`, called in process; the engine's loop runs in a thread, as with `--in-process`."""
     engine = engine or echo_engine()
 
-    def build() -> EchoEngine:
+    def build(epoch: int) -> EchoEngine:
         if on_build is not None:
             on_build()
+        engine.restart(epoch)
         return engine
 
-    client = EngineClient(lambda epoch: thread_engine(build, epoch))
+    client = EngineClient(lambda epoch: thread_engine(lambda: build(epoch), epoch))
     info = await client.start()
     recorder = MetricsRecorder(CollectorRegistry(), "echo", info)
     client.observer = recorder
