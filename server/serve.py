@@ -98,7 +98,13 @@ def serve(
     Raises ServeError when the server cannot start, and when its engine is down for good.
     """
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(_Service(config, client, startup).run(listener, vocab_size))
+        runner.run(_serve(config, client, listener, vocab_size, startup))
+
+
+async def _serve(
+    config: ServerConfig, client: EngineClient, listener: socket.socket, vocab_size: int, startup: Startup
+) -> None:
+    await _Service(config, client, startup).run(listener, vocab_size)
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
@@ -111,7 +117,7 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 
 class _Service:
-    """The application from its start, while the model still loads, to its end."""
+    """The application from its start, while the model still loads, to its end. Made on the event loop."""
 
     def __init__(self, config: ServerConfig, client: EngineClient, startup: Startup) -> None:
         self._config = config
@@ -153,9 +159,7 @@ class _Service:
         self, starting: asyncio.Future[EngineInfo], serving: asyncio.Future[None], server: _HttpServer
     ) -> None:
         starting.cancel()
-        if self._reloading is not None:
-            self._reloading.cancel()
-            await asyncio.gather(self._reloading, return_exceptions=True)
+        await self._end_reload()
         await self._client.stop()
         server.should_exit = True
         await asyncio.gather(starting, serving, return_exceptions=True)
@@ -200,10 +204,16 @@ class _Service:
                 kept.grammars.close()
             self._source.open()
 
+    async def _end_reload(self) -> None:
+        """Who waits for it is told that the server stops."""
+        if self._reloading is not None:
+            self._reloading.cancel()
+            await asyncio.gather(self._reloading, return_exceptions=True)
+
     async def _end_requests(self) -> None:
         """Let running requests finish, up to the drain timeout or a second signal; abort the rest, which answers them."""
         self._client.refuse_new()
-        self._source.open()  # who waits for a reload is told
+        await self._end_reload()
         if self._client.num_unfinished:
             timeout = self._config.drain_timeout
             logger.info(

@@ -178,6 +178,8 @@ class EngineClient:
         try:
             await self._start_next()
         except EngineUnavailable:
+            if self._is_stopping:
+                raise
             self._launch = former
             self._state = EngineState.RESTARTING
             self._recovery = asyncio.ensure_future(self._recover())
