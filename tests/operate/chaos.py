@@ -56,15 +56,22 @@ class Tally:
 
 
 def engine_pid(server_pid: int) -> int | None:
-    """The server's child that has torch loaded, which the engine alone has, or is about to."""
-    children = Path(f"/proc/{server_pid}/task/{server_pid}/children").read_text().split()
-    for child in map(int, children):
-        try:
-            if "libtorch" in Path(f"/proc/{child}/maps").read_text():
-                return child
-        except OSError:
-            continue
+    """The child of the server's child that engines are forked from: it has torch loaded."""
+    for fork_server in _children(server_pid):
+        for child in _children(fork_server):
+            try:
+                if "libtorch" in Path(f"/proc/{child}/maps").read_text():
+                    return child
+            except OSError:
+                continue
     return None
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        return [int(child) for path in Path(f"/proc/{pid}/task").iterdir() for child in (path / "children").read_text().split()]
+    except OSError:
+        return []
 
 
 def questions(count: int) -> list[Question]:
