@@ -74,7 +74,10 @@ def _run(config: ServerConfig) -> int:
     except (ModelFilesError, ModelError) as error:
         raise StartError(str(error)) from error
     client = EngineClient(_launcher(config, engine_config))
-    client.launch()
+    try:
+        client.launch()
+    except OSError as error:
+        raise StartError(f"the engine's process cannot be started: {error}") from error
     try:
         from server.serve import ServeError, Startup, serve
 

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import Protocol
+from typing import Any, Protocol
 
 from server.config import EngineConfig
 from server.engine import codec
@@ -262,7 +262,16 @@ def spawn_engine(config: EngineConfig, epoch: int, log_level: str = "info") -> P
     """
     # Threads of torch's own pool that spin at barriers would starve the kernels' threads, and each other when cores are short.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+    if sys.platform == "linux":
+        try:
+            return _start_engine("forkserver", config, epoch, log_level)
+        except OSError as error:  # nowhere to put its socket
+            logger.warning("engines cannot be forked (%s): a restart will take longer", error)
+    return _start_engine("spawn", config, epoch, log_level)
+
+
+def _start_engine(method: str, config: EngineConfig, epoch: int, log_level: str) -> ProcessHandle:
+    context: Any = multiprocessing.get_context(method)
     context.set_forkserver_preload(["server.engine.engine"])
     board = Board(is_shared=True)
     ours, theirs = context.Pipe()
