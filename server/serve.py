@@ -143,6 +143,8 @@ class _Service:
                 logger.info("started in %.1f s", time.monotonic() - begin)
                 print(_ready_line(self._config, listener, info), flush=True)
                 await self._until_stopped(serving)
+            if serving.done():
+                raise ServeError(f"the HTTP server ended: {serving.exception()}")
             await self._end_requests()
             server.should_exit = True
             await serving

@@ -70,7 +70,7 @@ class EngineClient:
         self._requests = RequestTable()
         self._row = CrashRow(policy)
         self._suspects = Suspects(policy)
-        self._watchdog = Watchdog(policy, lambda: self._link)
+        self._watchdog = Watchdog(policy, lambda: self._link, self._on_stuck)
         self._watching: asyncio.Task[None] | None = None
         self._recovery: asyncio.Task[None] | None = None
         self._idle = asyncio.Event()
@@ -236,11 +236,14 @@ class EngineClient:
     async def _start_next(self) -> None:
         """The next epoch's engine, when it is ready. EngineUnavailable when it does not come up; then it is gone."""
         self._epoch += 1
+        handle: EngineHandle | None = None
         try:
             handle = self._launch(self._epoch)
-        except OSError as error:  # no memory, no descriptors, no process
+            self._link = link = self._linked(handle)
+        except (OSError, RuntimeError) as error:  # no memory, descriptors, process or thread to be had
+            if handle is not None:
+                end_engine(handle, 0.0)
             raise EngineUnavailable(f"it cannot be started: {error}") from error
-        self._link = link = self._linked(handle)
         self._watchdog.busy.set()  # a load is watched too
         try:
             self.info = await link.come_up()
@@ -269,10 +272,10 @@ class EngineClient:
     # -- the engine's events -----------------------------------------------------------------------------------------------
 
     def _on_step(self, output: StepOutput) -> None:
-        for held in self._requests.take_in(output):
-            self._suspects.clear(held.request)
-        if any(event.finish_reason in _SERVED for event in output.events):
-            self._row.end()
+        for held, reason in self._requests.take_in(output):
+            if reason in _SERVED:
+                self._suspects.clear(held.request)
+                self._row.end()
         self._note_work()
         self.observer.on_step(output)
 
@@ -309,6 +312,13 @@ class EngineClient:
         self._note_work()
 
     async def _recover(self) -> None:
+        try:
+            await self._start_until_up()
+        except Exception as error:  # a fault of ours must not leave everybody waiting
+            logger.exception("the engine cannot be started anew")
+            self._die(f"{type(error).__name__}: {error}")
+
+    async def _start_until_up(self) -> None:
         """Starts engines until one comes up, or too many have not."""
         begin = time.monotonic()
         while True:
@@ -332,7 +342,12 @@ class EngineClient:
     def _resubmit(self) -> None:
         """What waits for an engine gets the new one, those that are retried first."""
         assert self._link is not None
-        self._note_lost(self._requests.drop_silenced())
+        assert self.info is not None
+        room = self.info.max_model_len  # may be less than the last engine's, if there is less memory
+        too_long = self._requests.drop(lambda held: len(held.request.prompt_token_ids) >= room)
+        for held in too_long:
+            self._fail(held, _LOST)
+        self._note_lost([*self._requests.drop(lambda held: held.mailbox is None), *too_long])
         retried = self._requests.on_trial
         for held in self._requests:
             if held.request.request_id in retried:
@@ -340,6 +355,11 @@ class EngineClient:
         for held in self._requests:
             if held.request.request_id not in retried:
                 self._link.send(held.request)
+
+    def _on_stuck(self, reason: str) -> None:
+        """The engine hangs and cannot be ended: there is no place for another."""
+        if self._state is not EngineState.DEAD:
+            self._die(f"{reason}; and it cannot be ended")
 
     def _die(self, reason: str) -> None:
         self._failure = reason

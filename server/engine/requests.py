@@ -4,7 +4,7 @@ when the engine crashes."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Iterator, Set
+from collections.abc import Callable, Collection, Iterator, Set
 from dataclasses import dataclass, field
 
 from server.types import FinishReason, GenerateRequest, PoolRequest, StepOutput, TokenEvent
@@ -99,8 +99,8 @@ class RequestTable:
         held.mailbox, held.abort_reason = None, reason
         return True
 
-    def take_in(self, output: StepOutput) -> list[Held]:
-        """Delivers a step's events; returns the requests that have finished."""
+    def take_in(self, output: StepOutput) -> list[tuple[Held, FinishReason]]:
+        """Delivers a step's events; returns the requests that have finished, and how."""
         finished = []
         was_trial = bool(self._on_trial)
         for event in output.events:
@@ -115,7 +115,7 @@ class RequestTable:
             held.deliver(event)
             if event.finish_reason is not None:
                 del self._held[event.request_id]
-                finished.append(held)
+                finished.append((held, event.finish_reason))
         if was_trial and not self._on_trial:
             for held in self._held.values():
                 self._release(held)
@@ -142,13 +142,13 @@ class RequestTable:
         self._on_trial = {held.request.request_id for held in triage.retried}
         return triage
 
-    def drop_silenced(self) -> list[Held]:
-        """Those that nobody listens to, which no engine has: held no longer."""
-        silenced = [held for held in self._held.values() if held.mailbox is None]
-        for held in silenced:
+    def drop(self, condition: Callable[[Held], bool]) -> list[Held]:
+        """Those of which it holds, and which no engine has, are held no longer."""
+        dropped = [held for held in self._held.values() if condition(held)]
+        for held in dropped:
             del self._held[held.request.request_id]
             self._on_trial.discard(held.request.request_id)
-        return silenced
+        return dropped
 
     def take_all(self) -> list[Held]:
         """Holds nothing any more."""

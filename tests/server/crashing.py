@@ -33,8 +33,8 @@ GATHER_SECONDS = 0.15  # that the first engine waits after its first request, so
 class CrashingEngine:
     """Output token i is prompt token i mod length. Poisonous tokens act in the first step of their request."""
 
-    def __init__(self, epoch: int, max_num_seqs: int = 4) -> None:
-        self.info = EngineInfo(epoch, 512, 64, 16, "crashing")
+    def __init__(self, epoch: int, max_model_len: int, max_num_seqs: int = 4) -> None:
+        self.info = EngineInfo(epoch, max_model_len, 64, 16, "crashing")
         self.on_launch: Callable[[list[str], float], None] | None = None
         self.max_num_seqs = max_num_seqs
         self.waiting: list[GenerateRequest | PoolRequest] = []
@@ -43,6 +43,7 @@ class CrashingEngine:
         self.begin: float | None = None
 
     def submit(self, request: GenerateRequest | PoolRequest) -> None:
+        assert len(request.prompt_token_ids) < self.info.max_model_len
         if self.begin is None:
             self.begin = time.monotonic() + (0.0 if self.info.epoch else GATHER_SECONDS)
         self.waiting.append(request)
@@ -100,20 +101,20 @@ class CrashingEngine:
     def close(self) -> None: ...
 
 
-def _main(connection: Connection, board: Board, epoch: int, fails_to_load: bool) -> None:
+def _main(connection: Connection, board: Board, epoch: int, fails_to_load: bool, max_model_len: int) -> None:
     def build() -> CrashingEngine:
         if fails_to_load:
             raise ValueError("planted: it does not load")
-        return CrashingEngine(epoch)
+        return CrashingEngine(epoch, max_model_len)
 
     os._exit(0 if serve_engine(build, connection, board, epoch, exit_when_orphaned=True) else 1)
 
 
-def crashing_engine(epoch: int, fails_to_load: bool = False) -> ProcessHandle:
+def crashing_engine(epoch: int, fails_to_load: bool = False, max_model_len: int = 512) -> ProcessHandle:
     context = multiprocessing.get_context("spawn")
     board = Board(is_shared=True)
     ours, theirs = context.Pipe()
-    process = context.Process(target=_main, args=(theirs, board, epoch, fails_to_load))
+    process = context.Process(target=_main, args=(theirs, board, epoch, fails_to_load, max_model_len))
     process.start()
     theirs.close()
     return ProcessHandle(ours, board, process)

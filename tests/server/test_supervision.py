@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from server.engine.client import EngineClient, EngineState, EngineUnavailable, Mailbox, RequestRefused
-from server.engine.process import ProcessHandle
+from server.engine.process import ProcessHandle, thread_engine
 from server.engine.supervisor import TICK, CrashRow, Stall, SupervisorPolicy, Suspects, fingerprint
 from server.types import (
     AbortReason,
@@ -26,6 +26,7 @@ from server.types import (
     TokenEvent,
 )
 from tests.server.crashing import HANG, KILL, KILL_FIRST, RAISE, SEGFAULT, crashing_engine
+from tests.server.fakes import echo_engine
 
 POLICY = SupervisorPolicy(min_step_seconds=0.6, delays=(0.0, 0.05))
 
@@ -65,12 +66,17 @@ class Bench:
     def __init__(self, policy: SupervisorPolicy, fails_from: int | None) -> None:
         self.handles: list[ProcessHandle] = []
         self.fails_from = fails_from
+        self.max_model_len = 512
+        self.launch_errors: list[Exception] = []
         self.client = EngineClient(self.launch, policy)
         self.client.observer = self.recorder = Recorder()
         self.boxes: dict[str, Mailbox] = {}
 
     def launch(self, epoch: int) -> ProcessHandle:
-        self.handles.append(crashing_engine(epoch, self.fails_from is not None and epoch >= self.fails_from))
+        if self.launch_errors:
+            raise self.launch_errors.pop(0)
+        fails = self.fails_from is not None and epoch >= self.fails_from
+        self.handles.append(crashing_engine(epoch, fails, self.max_model_len))
         return self.handles[-1]
 
     def submit(self, name: str, prompt: list[int], max_tokens: int = 5) -> Mailbox:
@@ -269,6 +275,55 @@ def test_a_reload_replaces_the_engine_and_one_that_fails_brings_the_former_back(
         assert (await bench.end("after"))[0] == [5, 6, 5, 6]
 
     run(check)
+
+
+def test_an_engine_with_less_room_gets_no_more_than_fits() -> None:
+    async def check(bench: Bench) -> None:
+        bench.submit("long", [1] * 400 + [KILL_FIRST], 3)
+        bench.submit("short", [1, 2, KILL_FIRST], 3)
+        bench.max_model_len = 100
+        await bench.until(EngineState.RESTARTING)
+        assert (await bench.end("long"))[1].finish_reason is FinishReason.ERROR
+        assert (await bench.end("short"))[0] == [1, 2, KILL_FIRST]
+
+    run(check)
+
+
+def test_a_thread_that_hangs_is_the_end() -> None:
+    async def check() -> None:
+        engine = echo_engine()
+        client = EngineClient(lambda epoch: thread_engine(lambda: engine, epoch), POLICY)
+        await client.start()
+        engine.gate.clear()
+        box = Mailbox()
+        client.submit(GenerateRequest("a", [1, 2], SamplingParams(3), time.monotonic()), box)
+        await asyncio.wait_for(client.died.wait(), 20)
+        assert "cannot be ended" in client.failure
+        assert (await box.get())[-1].finish_reason is FinishReason.ERROR
+        engine.gate.set()
+        await client.stop()
+
+    asyncio.run(check())
+
+
+def test_launching_may_fail_and_is_tried_again() -> None:
+    async def check(bench: Bench) -> None:
+        bench.client.submit(
+            GenerateRequest("a", [1, KILL_FIRST], SamplingParams(2), time.monotonic()),
+            bench.boxes.setdefault("a", Mailbox()),
+        )
+        bench.launch_errors = [OSError(24, "Too many open files"), RuntimeError("can't start new thread")]
+        assert (await bench.end("a"))[0] == [1, KILL_FIRST]
+
+    assert run(check).recorder.num_restarts == 1
+
+    async def bug(bench: Bench) -> None:
+        bench.submit("a", [1, KILL_FIRST], 2)
+        bench.launch_errors = [ZeroDivisionError("a bug")]
+        assert (await bench.end("a"))[1].finish_reason is FinishReason.ERROR
+        assert bench.client.died.is_set() and "a bug" in bench.client.failure
+
+    run(bug)
 
 
 def test_a_late_look_does_not_blame_the_engine() -> None:
