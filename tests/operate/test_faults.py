@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import resource
@@ -22,8 +23,10 @@ import pytest
 import torch
 
 from quantizer.export import write_sums
+from server.engine.client import EngineState
 from tests.operate import chaos
 from tests.served import Server
+from tests.server.fakes import echo_engine, served_edge
 from tests.tiny_models import add_tokenizer, make_tiny_model
 
 FLAGS = ("--kernel-backend", "reference", "--kv-cache-memory-bytes", "16M", "--threads", "1")
@@ -199,3 +202,21 @@ def test_an_engine_that_is_killed_again_and_again_loses_nothing(demo_model: Path
         tally = asyncio.run(chaos.run(server, num_faults=3, num_clients=8, seed=1))
         assert not chaos.violations(server, tally, 3, back_within=60.0)
         assert tally.outcomes["200"] and tally.outcomes["hung"] == 0
+
+
+def test_a_jump_of_the_clock_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times are those of the monotonic clock: a request's deadlines, latencies and the watchdog do not see the jump."""
+    real, offset = time.time, [0.0]
+    monkeypatch.setattr(time, "time", lambda: real() + offset[0])
+    with served_edge(echo_engine(step_seconds=0.005)) as (url, edge):
+        for jump in (86_400.0, -7 * 86_400.0, 10 * 365 * 86_400.0):
+            with httpx.stream("POST", f"{url}/v1/completions", json={"prompt": "The dog", "max_tokens": 60, "stream": True,
+                                                                      "include_metrics": True}) as answer:  # fmt: skip
+                lines = answer.iter_lines()
+                next(lines)
+                offset[0] = jump
+                *_, metrics, _ = [line for line in lines if line]
+            assert 0 <= json.loads(metrics.removeprefix("data: "))["metrics"]["generation_time_ms"] < 20_000
+        text = httpx.get(f"{url}/metrics").text
+        [seconds] = re.findall(r'awqserve_e2e_request_latency_seconds_sum{model_name="echo"} (\S+)', text)
+        assert 0 < float(seconds) < 60 and edge.client.state is EngineState.READY
