@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 # Seconds that the loop gets to end by itself once the API process is gone: a step may be under way.
 _ORPHAN_GRACE = 5.0
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 class Engine(Protocol):
@@ -236,9 +237,11 @@ def _read_messages(connection: Connection, inbox: queue.SimpleQueue[object], exi
 
 
 def engine_main(
-    config: EngineConfig, connection: Connection, board: Board, epoch: int, log_level: str = "info"
+    config: EngineConfig, connection: Connection, board: Board, epoch: int, log_level: str, ends_with_parent: bool
 ) -> None:
     """What the engine process runs. The API process decides when it ends, so signals sent to the whole group are ignored."""
+    if ends_with_parent:
+        _end_with_parent()
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_IGN)
     logging.basicConfig(level=log_level.upper(), format="%(levelname)s engine: %(message)s", force=True)
@@ -246,6 +249,21 @@ def engine_main(
     logging.shutdown()
     # All that is left is the interpreter taking down torch and gigabytes of cache piece by piece: seconds, for nothing.
     os._exit(0 if is_orderly else 1)
+
+
+def _end_with_parent() -> None:
+    """The process that engines are forked from ends with the API process: then the kernel kills this one, also while it hangs.
+
+    It would live as long as those that it has forked, which hold the other end of its pipe to be able to ask it for more.
+    """
+    import ctypes
+    from multiprocessing import forkserver
+
+    held = getattr(forkserver._forkserver, "_forkserver_alive_fd", None)
+    if isinstance(held, int):
+        os.close(held)
+    if ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) == 0 and os.getppid() == 1:
+        os._exit(1)  # it was quicker
 
 
 def _build(config: EngineConfig, epoch: int) -> Engine:
@@ -276,7 +294,9 @@ def _start_engine(method: str, config: EngineConfig, epoch: int, log_level: str)
     board = Board(is_shared=True)
     ours, theirs = context.Pipe()
     process: BaseProcess = context.Process(
-        target=engine_main, args=(config, theirs, board, epoch, log_level), name=f"awq-serve engine {epoch}"
+        target=engine_main,
+        args=(config, theirs, board, epoch, log_level, method == "forkserver"),
+        name=f"awq-serve engine {epoch}",
     )
     try:
         process.start()

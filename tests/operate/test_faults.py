@@ -119,6 +119,20 @@ def test_a_reload_takes_what_is_there_now_and_refuses_what_is_damaged(tmp_path: 
         assert server.complete(**BODY)["choices"][0]["token_ids"] == first
 
 
+def test_an_engine_that_hangs_does_not_outlive_its_server(model: Path) -> None:
+    server = Server(model, *FLAGS)
+    pid = chaos.engine_pid(server.process.pid)
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    server.process.kill()
+    server.process.wait(10)
+    server.client.close()
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{pid}/maps").exists() and Path(f"/proc/{pid}/maps").read_bytes():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def wait_for_line(server: Server, part: str, begin: int) -> None:
     deadline = time.monotonic() + 60
     while not any(part in line for line in server.lines[begin:]):
