@@ -13,6 +13,7 @@ from torch import Tensor
 from server.checkpoint_files import safetensors_files
 from server.model_config import ModelError
 
+_SCALES = (".scales", ".weight_scale")
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32}
 
 
@@ -75,12 +76,16 @@ class Checkpoint:
         return info
 
     def read(self, name: str) -> Tensor:
+        """Raises ModelError also for scales of quantized weights that are not finite: nothing but rubbish would come of them."""
         info = self.expect(name)
         self._read.add(name)
         try:
-            return self._open(info.file).get_tensor(info.stored_name)
+            tensor = self._open(info.file).get_tensor(info.stored_name)
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{info.file}: tensor {name} cannot be read ({error})") from None
+        if name.endswith(_SCALES) and not bool(tensor.isfinite().all()):
+            raise ModelError(f"{info.file}: tensor {name}: holds a scale that is not finite")
+        return tensor
 
     def close(self) -> None:
         """Lets go of the files' mappings."""

@@ -77,9 +77,6 @@ def read_module(checkpoint: Checkpoint, quantization: QuantizationConfig, module
     tensors: dict[str, Tensor] = {
         key: checkpoint.read(f"{module}.{key}") for key in keys if f"{module}.{key}" in checkpoint
     }
-    scales = f"{module}.{'weight_scale' if quantization.method == 'compressed-tensors' else 'scales'}"
-    if not bool(tensors[scales.removeprefix(f"{module}.")].isfinite().all()):
-        raise FormatError(f"{checkpoint.tensors[scales].file}: tensor {scales}: holds a scale that is not finite")
     if quantization.method == "gptq":
         return from_gptq(module, tensors, quantization.group_size, quantization.stores_zero_less_one)
     if quantization.method == "compressed-tensors":

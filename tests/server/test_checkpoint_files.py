@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kernels.format import FormatError
 from quantizer.export import write_sums
 from server.checkpoint_files import check_lengths, read_sums, verified, verify_sums
 from server.config import EngineConfig
@@ -118,5 +117,5 @@ def test_a_scale_that_is_not_finite_is_named(tmp_path: Path) -> None:
     name = next(name for name in tensors if name.endswith("down_proj.scales"))
     tensors[name][0, 3] = torch.inf
     save_file(tensors, file, {"format": "pt"})
-    with pytest.raises(FormatError, match=rf"model.safetensors: tensor {name}: holds a scale that is not finite"):
+    with pytest.raises(ModelError, match=rf"model.safetensors: tensor {name}: holds a scale that is not finite"):
         load(model)
