@@ -170,7 +170,7 @@ def test_engine_failure_answers_everyone_and_shows_in_health() -> None:
 
         may_build.clear()
         streaming = begun_stream()
-        assert _post(url, prompt=[POISON, 5], max_tokens=1, stream=True).status_code == 200
+        poison = _send(url, "/v1/completions", {"prompt": [POISON, 5], "max_tokens": 1})
         wait_until(lambda: edge.client.state is EngineState.RESTARTING)
         for path in ("/health", "/ready"):
             response = httpx.get(url + path)
@@ -182,8 +182,10 @@ def test_engine_failure_answers_everyone_and_shows_in_health() -> None:
         assert "starting anew" in response.json()["error"]["message"]
         assert "retry-after" in response.headers
         may_build.set()
+        wait_until(lambda: not edge.client.num_unfinished)
         wait_until(lambda: httpx.get(f"{url}/health").status_code == 200)
         streaming.close()
+        poison.close()
         metrics = httpx.get(f"{url}/metrics").text
         assert 'finished_reason="error",model_name="echo"} 4.0' in metrics
         for name, value in (("engine_restarts", 4), ("retried_requests", 2), ("refused_fingerprints", 2)):
