@@ -344,7 +344,7 @@ class AttentionWork:
     """Queries that are attended together: S sequences with Q query tokens each over L keys, L a multiple of KEY_BLOCK."""
 
     tokens: Tensor  # [S, Q] indices into the step's tokens
-    slots: Tensor  # [S, L] of the pool; those past a sequence's end hold finite rubbish
+    slots: Tensor  # [S, L] of the pool; those past a sequence's end hold rubbish
     visible: (
         Tensor  # bool [S, L / KEY_BLOCK, 1, rows, KEY_BLOCK], rows = Q * group padded to a multiple of ROW_MULTIPLE
     )
@@ -400,6 +400,8 @@ def segmented_attention(
     # [S, blocks, kv_heads, ...]: every block's product at once, then the softmax walks them in order.
     k = keys.unflatten(1, (num_blocks, KEY_BLOCK)).transpose(2, 3).transpose(3, 4)
     v = values.unflatten(1, (num_blocks, KEY_BLOCK)).transpose(2, 3)
+    # What no row sees may be anything, also of another request whose numbers were none: 0 times that would not be 0.
+    v = v.masked_fill(~visible.any(-2)[..., None], 0.0)
     lead = (num_sequences, num_blocks, shape.num_kv_heads)
     expanded = q[:, None].expand(*lead, padded, shape.head_dim).reshape(-1, padded, shape.head_dim)
     scores = torch.bmm(expanded, k.reshape(-1, shape.head_dim, KEY_BLOCK)).view(*lead, padded, KEY_BLOCK)

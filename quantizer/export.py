@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -31,6 +32,7 @@ from quantizer.work_folder import DONE_FILE, WorkFolder, load_tensor
 REPORT_FILE = "quantization_report.json"
 HTML_FILE = "quantization_report.html"
 INDEX_FILE = "model.safetensors.index.json"
+SUMS_FILE = "SHA256SUMS"
 
 
 def assemble(
@@ -51,6 +53,7 @@ def assemble(
     verify(folder, work.digests())
     if index is not None:
         write_json(folder / INDEX_FILE, index)
+    write_sums(folder)
     sync_tree(folder)
     write_json(done, {"bytes": report["bytes"]})
     return folder
@@ -61,6 +64,15 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
     write_json(folder / REPORT_FILE, report, indent=1)
     page = html_report.render(json.loads(json.dumps(report)))
     write_atomically(folder / HTML_FILE, lambda file: file.write(page.encode()))
+
+
+def write_sums(folder: Path) -> None:
+    """SHA-256 of each safetensors file, as `sha256sum` writes them and `sha256sum --check` reads them."""
+    lines = []
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n")
+    write_atomically(folder / SUMS_FILE, lambda file: file.write("".join(lines).encode()))
 
 
 def _write_shards(work: WorkFolder, folder: Path, max_shard_bytes: int) -> dict[str, Any] | None:

@@ -11,9 +11,14 @@ import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from server.config import ServerConfig
+from server.config import EngineConfig, ServerConfig
 from server.options import parse_options
+
+if TYPE_CHECKING:
+    from server.engine.client import Launcher
 
 logger = logging.getLogger("server")
 
@@ -26,7 +31,7 @@ class StartError(Exception):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0 after an orderly stop, 1 when the server cannot start, 2 for wrong options."""
+    """Exit code 0 after an orderly stop, 1 when the server cannot start or its engine is down for good, 2 for wrong options."""
     config = parse_options(arguments, os.environ)
     logging.basicConfig(level=config.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
     for noisy in ("httpx", "httpcore", "filelock", "urllib3"):
@@ -42,31 +47,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(config: ServerConfig) -> int:
     """Check what can be checked at once, start the engine, and import the web server while it loads."""
+    from server.checkpoint_files import check_lengths, verify_sums
+    from server.engine.client import EngineClient
     from server.model_config import ModelError, load_model_config
     from server.model_files import ModelFilesError, resolve_model, served_name
 
     listener = bind(config.host, config.port)
+    names = config.served_model_names or (served_name(config.engine.model),)
+    asked, config = config, replace(config, served_model_names=names)
+
+    def open_model() -> tuple[EngineConfig, int]:
+        """The folder itself, not a link to it: a link that is set to another model counts at a reload, not before."""
+        directory = resolve_model(asked.engine.model, asked.revision).resolve()
+        return replace(asked.engine, model=str(directory)), load_model_config(directory).vocab_size
+
+    def open_whole_model() -> tuple[EngineConfig, int]:
+        """Before it takes the place of one that works, all that can be checked without loading it is."""
+        opened = open_model()
+        check_lengths(Path(opened[0].model))
+        if asked.engine.verify_checksums:
+            verify_sums(Path(opened[0].model))
+        return opened
+
     try:
-        directory = resolve_model(config.engine.model, config.revision)
-        model_config = load_model_config(directory)
+        engine_config, vocab_size = open_model()
     except (ModelFilesError, ModelError) as error:
         raise StartError(str(error)) from error
-    names = config.served_model_names or (served_name(config.engine.model),)
-    config = replace(config, served_model_names=names, engine=replace(config.engine, model=str(directory)))
-
-    from server.engine.client import EngineClient
-    from server.engine.process import in_process_engine, spawn_engine
-
-    if config.in_process:
-        client = EngineClient(lambda epoch: in_process_engine(config.engine, epoch))
-    else:
-        client = EngineClient(lambda epoch: spawn_engine(config.engine, epoch, config.log_level))
-    client.launch()
+    client = EngineClient(_launcher(config, engine_config))
     try:
-        from server.serve import ServeError, serve
+        client.launch()
+    except OSError as error:
+        raise StartError(f"the engine's process cannot be started: {error}") from error
+    try:
+        from server.serve import ServeError, Startup, serve
 
         try:
-            serve(config, client, listener, model_config.vocab_size)
+            startup = Startup(open_whole_model, lambda engine: _launcher(config, engine))
+            serve(replace(config, engine=engine_config), client, listener, vocab_size, startup)
         except ServeError as error:
             raise StartError(str(error)) from error
     finally:
@@ -75,8 +92,16 @@ def _run(config: ServerConfig) -> int:
     return 0
 
 
+def _launcher(config: ServerConfig, engine_config: EngineConfig) -> Launcher:
+    from server.engine.process import in_process_engine, spawn_engine
+
+    if config.in_process:
+        return lambda epoch: in_process_engine(engine_config, epoch)
+    return lambda epoch: spawn_engine(engine_config, epoch, config.log_level)
+
+
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket, made before the model loads: a taken port is known at once, and who connects early waits."""
+    """A listening socket, made before the model loads: a taken port is known at once."""
     try:
         [family, kind, protocol, _, address] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)

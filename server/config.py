@@ -29,6 +29,7 @@ class EngineConfig:
     memory_utilization: float = 0.9  # share of the memory limit that weights, KV cache and workspace may take together
     scheduling_policy: str = "fcfs"  # "fcfs" or "priority"
     priority_aging_seconds: float = 10.0  # of waiting, that count as one level of priority
+    verify_checksums: bool = True  # where the checkpoint has SHA256SUMS
     seed: int | None = None  # of requests that bring none; None: entropy
 
 

@@ -139,7 +139,8 @@ def load_grammar_tokenizer(
 
 
 def _serve(connection: Connection, tokenizer_file: Path) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for ignored in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(ignored, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     tokenizer = load_grammar_tokenizer(tokenizer_file)
     _limit_memory()

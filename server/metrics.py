@@ -86,17 +86,34 @@ class MetricsRecorder:
                 continue
             if event.token_ids or event.embedding is not None:
                 self._count_tokens(live, event, now)
+            self.non_finite_logits.inc(event.is_non_finite)
             if event.finish_reason is not None:
                 del self._live[event.request_id]
                 self._count_finished(live, event.finish_reason, event.timings)
         self._count_step(output.stats)
 
-    def on_lost(self, request_ids: Iterable[str]) -> None:
-        """The engine died with these."""
+    def on_lost(self, request_ids: Iterable[str], reason: FinishReason = FinishReason.ERROR) -> None:
+        """These ended without the engine saying so."""
         for request_id in request_ids:
             live = self._live.pop(request_id, None)
             if live is not None:
-                self._count_finished(live, FinishReason.ERROR, None)
+                self._count_finished(live, reason, None)
+
+    def on_crash(self, num_retried: int) -> None:
+        self.retried.inc(num_retried)
+        self._clear_gauges()
+
+    def on_start(self, info: EngineInfo, is_restart: bool) -> None:
+        """The buckets of the first engine stay."""
+        self._clear_gauges()
+        self._note_cache_config(info)
+        if is_restart:
+            self.engine_restarts.inc()
+
+    def on_refused(self) -> None:
+        self.refused_fingerprints.inc()
+
+    def _clear_gauges(self) -> None:
         self.num_running.set(0)
         self.num_waiting.set(0)
         self.kv_cache_usage.set(0)
@@ -171,13 +188,18 @@ class MetricsRecorder:
         self.prefix_cache_hits = self._counter("prefix_cache_hits", "Tokens that the prefix cache held.")
         self.num_preemptions = self._counter("num_preemptions", "Times a running request had to make room.")
         self.iteration_tokens = self._histogram("iteration_tokens_total", "Tokens per engine step.", _STEP_TOKENS)
-        cache_config = Gauge(
+        self.engine_restarts = self._counter("engine_restarts", "Engines started in place of one that crashed or hung.")
+        self._cache_config = Gauge(
             PREFIX + "cache_config_info",
             "The KV cache's layout; always 1.",
             ["model_name", "block_size", "num_blocks", "kernel_backend"],
             registry=self._registry,
         )
-        cache_config.labels(self._model_name, str(info.block_size), str(info.num_blocks), info.backend).set(1)
+        self._note_cache_config(info)
+
+    def _note_cache_config(self, info: EngineInfo) -> None:
+        self._cache_config.clear()
+        self._cache_config.labels(self._model_name, str(info.block_size), str(info.num_blocks), info.backend).set(1)
 
     def _make_request_metrics(self, info: EngineInfo) -> None:
         family = Counter(
@@ -187,6 +209,13 @@ class MetricsRecorder:
             registry=self._registry,
         )
         self.finished = {reason: family.labels(self._model_name, reason.value) for reason in FinishReason}
+        self.non_finite_logits = self._counter(
+            "non_finite_logits", "Requests ended because the model's numbers were no numbers."
+        )
+        self.retried = self._counter("retried_requests", "Requests computed again after the engine crashed.")
+        self.refused_fingerprints = self._counter(
+            "refused_fingerprints", "Requests refused since they were running in several crashes."
+        )
         tokens = token_buckets(info.max_model_len)
         self.request_prompt_tokens = self._histogram("request_prompt_tokens", "Prompt tokens per request.", tokens)
         self.request_generation_tokens = self._histogram(

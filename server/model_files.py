@@ -13,7 +13,7 @@ from server.api.context import SamplingDefaults
 
 logger = logging.getLogger(__name__)
 
-_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "SHA256SUMS"]
 
 # Sampling settings of generation_config.json that would change the output and that this server does not have.
 _UNSUPPORTED_DEFAULTS = {"typical_p": 1.0, "no_repeat_ngram_size": 0}

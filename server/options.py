@@ -191,6 +191,8 @@ GROUPS: dict[str, tuple[Option, ...]] = {
                "int16 with more precision at about half the speed", "int8|int16"),
         Option("lm-head-dtype", "lm_head_dtype", _choice(*_HEAD_DTYPES), "how the CPU kernels keep an unquantized lm_head; auto "
                "is int8", "|".join(_HEAD_DTYPES)),
+        Option("verify-checksums", "verify_checksums", _flag, "refuse a checkpoint whose files are not what its SHA256SUMS says; "
+               "read beside the load"),
         Option("in-process", "in_process", _flag, "run the engine in a thread of this process, for debugging"),
     ),
     "scheduling and memory": (

@@ -1,4 +1,4 @@
-"""Serving: the application over a starting engine, uvicorn around it, and an orderly end on SIGINT or SIGTERM."""
+"""Serving: the application over a starting engine, uvicorn around it, reloads on SIGHUP, an orderly end on SIGINT or SIGTERM."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import importlib.metadata
 import logging
+import os
 import signal
 import socket
 import time
@@ -20,10 +21,10 @@ from prometheus_client import CollectorRegistry, ProcessCollector
 
 from server.api.app import create_app
 from server.api.chat_template import ChatTemplate, load_chat_template
-from server.api.context import ApiContext, SamplingDefaults
+from server.api.context import ApiContext, ContextSource, SamplingDefaults
 from server.api.tools import TOOL_FORMATS, ToolFormat, detect_format
-from server.config import ServerConfig
-from server.engine.client import EngineClient, EngineUnavailable
+from server.config import EngineConfig, ServerConfig
+from server.engine.client import EngineClient, EngineUnavailable, Launcher
 from server.grammar import THINK_END, GrammarService
 from server.metrics import MetricsRecorder
 from server.model_files import ensure_tokenizer_file, load_sampling_defaults
@@ -41,34 +42,69 @@ class ServeError(Exception):
 
 
 class _HttpServer(uvicorn.Server):
-    """Leaves signals to `_Stop`: uvicorn's own handling would cut running requests, and end the process by the signal."""
+    """Leaves signals to `_Signals`: uvicorn's own handling would cut running requests, and end the process by the signal."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
 
-class _Stop:
-    """Set by the first SIGINT or SIGTERM; `hurry` by the second. Belongs to the running event loop."""
+class _Signals:
+    """`stop` is set by the first SIGINT or SIGTERM, `hurry` by the second, `reload` by SIGHUP. Of the running event loop."""
 
     def __init__(self) -> None:
-        self.asked = asyncio.Event()
+        self.stop = asyncio.Event()
         self.hurry = asyncio.Event()
+        self.reload = asyncio.Event()
+        self._had_terminal = _has_terminal()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._on_signal)
+            loop.add_signal_handler(number, self._on_stop)
+        loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
 
-    def _on_signal(self) -> None:
-        (self.hurry if self.asked.is_set() else self.asked).set()
+    def _on_stop(self) -> None:
+        (self.hurry if self.stop.is_set() else self.stop).set()
+
+    def _on_hangup(self) -> None:
+        """Also what a terminal sends that is closed: then nobody watches a server that was started there."""
+        if self._had_terminal and not _has_terminal():
+            self._on_stop()
+        else:
+            self.reload.set()
 
 
-def serve(config: ServerConfig, client: EngineClient, listener: socket.socket, vocab_size: int) -> None:
+def _has_terminal() -> bool:
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class Startup:
+    """What `serve` is given. `open_model` finds and checks the model anew, for a reload: the configuration of its engine, and its
+    vocabulary's size; ValueError for one that is not fit. `launcher` starts engines of a configuration."""
+
+    open_model: Callable[[], tuple[EngineConfig, int]]
+    launcher: Callable[[EngineConfig], Launcher]
+
+
+def serve(
+    config: ServerConfig, client: EngineClient, listener: socket.socket, vocab_size: int, startup: Startup
+) -> None:
     """Serve until told to stop. `client` has been launched; whatever happens, its engine has ended on return.
 
-    Raises ServeError when the server cannot start.
+    Raises ServeError when the server cannot start, and when its engine is down for good.
     """
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(_serve(config, client, listener, vocab_size))
+        runner.run(_serve(config, client, listener, vocab_size, startup))
+
+
+async def _serve(
+    config: ServerConfig, client: EngineClient, listener: socket.socket, vocab_size: int, startup: Startup
+) -> None:
+    await _Service(config, client, startup).run(listener, vocab_size)
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
@@ -80,38 +116,149 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return uvloop.new_event_loop
 
 
-async def _serve(config: ServerConfig, client: EngineClient, listener: socket.socket, vocab_size: int) -> None:
-    stop = _Stop()
-    begin = time.monotonic()
-    files: _Files | None = None
-    starting = asyncio.ensure_future(client.start())
-    try:
-        files = _read_files(config)  # while the engine loads
-        if not await _first(starting, stop.asked):
-            return
-        info = starting.result()
-        app = create_app(_context(config, client, info, vocab_size, files))
-        server = _HttpServer(_http_config(config, app))
+class _Service:
+    """The application from its start, while the model still loads, to its end. Made on the event loop."""
+
+    def __init__(self, config: ServerConfig, client: EngineClient, startup: Startup) -> None:
+        self._config = config
+        self._client = client
+        self._startup = startup
+        self._source = ContextSource(client, _version())
+        self._signals = _Signals()
+        self._files: _Files | None = None
+        self._recorder: MetricsRecorder | None = None
+        self._reloading: asyncio.Task[None] | None = None
+
+    async def run(self, listener: socket.socket, vocab_size: int) -> None:
+        begin = time.monotonic()
+        starting = asyncio.ensure_future(self._client.start())
+        server = _HttpServer(_http_config(self._config, create_app(self._source)))
         serving = asyncio.ensure_future(server.serve(sockets=[listener]))
-        while not (server.started or serving.done()):
-            await asyncio.sleep(0.005)
-        if serving.done():
-            raise ServeError(f"the HTTP server did not start: {serving.exception()}")
-        logger.info("started in %.1f s", time.monotonic() - begin)
-        print(_ready_line(config, listener, info), flush=True)
-        await _first(serving, stop.asked)
-        await _end_requests(config, client, stop)
-        server.should_exit = True
-        await serving
-    except EngineUnavailable as error:
-        raise ServeError(str(error)) from error
-    except ValueError as error:  # a tokenizer, template or generation config that cannot be used
-        raise ServeError(str(error)) from error
-    finally:
+        try:
+            self._files = await asyncio.to_thread(_read_files, self._config, self._config.engine.model)
+            await _first(starting, serving, self._signals.stop)
+            if starting.done():
+                info = starting.result()
+                self._source.replace(self._context(info, vocab_size, self._files))
+                logger.info("started in %.1f s", time.monotonic() - begin)
+                print(_ready_line(self._config, listener, info), flush=True)
+                await self._until_stopped(serving)
+            if serving.done():
+                raise ServeError(f"the HTTP server ended: {serving.exception()}")
+            await self._end_requests()
+            server.should_exit = True
+            await serving
+            if self._client.died.is_set():
+                raise ServeError(f"the engine is down: {self._client.failure}")
+        except EngineUnavailable as error:
+            raise ServeError(str(error)) from error
+        except ValueError as error:  # a tokenizer, template or generation config that cannot be used
+            raise ServeError(str(error)) from error
+        finally:
+            await self._end(starting, serving, server)
+
+    async def _end(
+        self, starting: asyncio.Future[EngineInfo], serving: asyncio.Future[None], server: _HttpServer
+    ) -> None:
         starting.cancel()
-        await client.stop()
-        if files is not None:
-            files.grammars.close()
+        await self._end_reload()
+        await self._client.stop()
+        server.should_exit = True
+        await asyncio.gather(starting, serving, return_exceptions=True)
+        if self._files is not None:
+            self._files.grammars.close()
+
+    async def _until_stopped(self, serving: asyncio.Future[None]) -> None:
+        """Reloads when asked to. Returns on a signal to stop, or when the engine is down for good."""
+        signals = self._signals
+        while True:
+            await _first(serving, signals.stop, signals.reload, self._client.died)
+            if serving.done() or signals.stop.is_set() or self._client.died.is_set():
+                return
+            signals.reload.clear()
+            if self._reloading is None or self._reloading.done():
+                self._reloading = asyncio.ensure_future(self._reload())
+
+    async def _reload(self) -> None:
+        """The model's files are read again. Where they are not fit, the model that is served stays."""
+        begin = time.monotonic()
+        try:
+            engine_config, vocab_size = await asyncio.to_thread(self._startup.open_model)
+            files = await asyncio.to_thread(_read_files, self._config, engine_config.model)
+        except ValueError as error:
+            logger.error("not reloaded, the model that is served stays: %s", error)
+            return
+        logger.info("reloading: new requests wait; running ones get %g s", self._config.drain_timeout)
+        former = self._files
+        kept: _Files | None = files
+        try:
+            deadline = time.monotonic() + self._config.drain_timeout
+            await self._source.close(self._config.drain_timeout)
+            launch = self._startup.launcher(engine_config)
+            info = await self._client.reload(launch, max(0.0, deadline - time.monotonic()))
+            self._source.replace(self._context(info, vocab_size, files))
+            self._files, kept = files, former
+            logger.info("reloaded in %.1f s", time.monotonic() - begin)
+        except EngineUnavailable as error:
+            logger.error("not reloaded, the former model is started again: %s", error)
+        finally:
+            if kept is not None:
+                kept.grammars.close()
+            self._source.open()
+
+    async def _end_reload(self) -> None:
+        """Who waits for it is told that the server stops."""
+        if self._reloading is not None:
+            self._reloading.cancel()
+            await asyncio.gather(self._reloading, return_exceptions=True)
+
+    async def _end_requests(self) -> None:
+        """Let running requests finish, up to the drain timeout or a second signal; abort the rest, which answers them."""
+        self._client.refuse_new()
+        await self._end_reload()
+        if self._client.num_unfinished:
+            timeout = self._config.drain_timeout
+            logger.info(
+                "stopping: waiting up to %g s for %d running requests (again Ctrl-C: at once)",
+                timeout,
+                self._client.num_unfinished,
+            )
+            draining = asyncio.ensure_future(self._client.drain(timeout))
+            await _first(draining, self._signals.hurry)
+            draining.cancel()
+            if self._client.num_unfinished:
+                logger.warning("stopping: %d requests are cut short", self._client.num_unfinished)
+        await self._client.stop()
+
+    def _context(self, info: EngineInfo, vocab_size: int, files: _Files) -> ApiContext:
+        config = self._config
+        if self._recorder is None:
+            registry = CollectorRegistry()
+            ProcessCollector(registry=registry)
+            self._client.observer = self._recorder = MetricsRecorder(registry, config.served_model_names[0], info)
+        return ApiContext(
+            engine=self._client,
+            tokenizer=files.tokenizer,
+            model_names=config.served_model_names,
+            vocab_size=vocab_size,
+            render_metrics=self._recorder.render,
+            created=int(time.time()),
+            max_request_bytes=config.max_request_bytes,
+            version=self._source.version,
+            defaults=files.defaults,
+            chat_template=files.chat_template,
+            grammars=files.grammars,
+            tool_format=_tool_format(config, files.chat_template),
+            has_priorities=config.engine.scheduling_policy == "priority",
+            parses_reasoning=_parses_reasoning(config, files.chat_template),
+        )
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("awq-serve")
+    except importlib.metadata.PackageNotFoundError:  # run from a source tree
+        return "unknown"
 
 
 def _http_config(config: ServerConfig, app: FastAPI) -> uvicorn.Config:
@@ -127,29 +274,13 @@ def _http_config(config: ServerConfig, app: FastAPI) -> uvicorn.Config:
     )
 
 
-async def _first(task: asyncio.Future[Any], event: asyncio.Event) -> bool:
-    """Waits for either. True when the task is done."""
-    waiting = asyncio.ensure_future(event.wait())
-    await asyncio.wait({task, waiting}, return_when=asyncio.FIRST_COMPLETED)
-    waiting.cancel()
-    return task.done()
-
-
-async def _end_requests(config: ServerConfig, client: EngineClient, stop: _Stop) -> None:
-    """Let running requests finish, up to the drain timeout or a second signal; abort the rest, which answers them."""
-    client.refuse_new()
-    if client.num_unfinished:
-        logger.info(
-            "stopping: waiting up to %g s for %d running requests (again Ctrl-C: at once)",
-            config.drain_timeout,
-            client.num_unfinished,
-        )
-        draining = asyncio.ensure_future(client.drain(config.drain_timeout))
-        await _first(draining, stop.hurry)
-        draining.cancel()
-        if client.num_unfinished:
-            logger.warning("stopping: %d requests are cut short", client.num_unfinished)
-    await client.stop()
+async def _first(*awaited: asyncio.Future[Any] | asyncio.Event) -> None:
+    """Waits for any of them."""
+    waiting = [asyncio.ensure_future(item.wait()) for item in awaited if isinstance(item, asyncio.Event)]
+    futures = [item for item in awaited if not isinstance(item, asyncio.Event)]
+    await asyncio.wait({*futures, *waiting}, return_when=asyncio.FIRST_COMPLETED)
+    for task in waiting:
+        task.cancel()
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,9 +293,9 @@ class _Files:
     grammars: GrammarService
 
 
-def _read_files(config: ServerConfig) -> _Files:
+def _read_files(config: ServerConfig, model: str) -> _Files:
     """Raises ValueError naming the file at fault."""
-    directory = Path(config.engine.model)
+    directory = Path(model)
     override = None if config.chat_template is None else Path(config.chat_template)
     tokenizer_file = ensure_tokenizer_file(directory)
     return _Files(
@@ -172,35 +303,6 @@ def _read_files(config: ServerConfig) -> _Files:
         load_chat_template(directory, override),
         load_sampling_defaults(directory, config.generation_config),
         GrammarService(tokenizer_file),
-    )
-
-
-def _context(
-    config: ServerConfig, client: EngineClient, info: EngineInfo, vocab_size: int, files: _Files
-) -> ApiContext:
-    registry = CollectorRegistry()
-    ProcessCollector(registry=registry)
-    recorder = MetricsRecorder(registry, config.served_model_names[0], info)
-    client.observer = recorder
-    try:
-        version = importlib.metadata.version("awq-serve")
-    except importlib.metadata.PackageNotFoundError:  # run from a source tree
-        version = "unknown"
-    return ApiContext(
-        engine=client,
-        tokenizer=files.tokenizer,
-        model_names=config.served_model_names,
-        vocab_size=vocab_size,
-        render_metrics=recorder.render,
-        created=int(time.time()),
-        max_request_bytes=config.max_request_bytes,
-        version=version,
-        defaults=files.defaults,
-        chat_template=files.chat_template,
-        grammars=files.grammars,
-        tool_format=_tool_format(config, files.chat_template),
-        has_priorities=config.engine.scheduling_policy == "priority",
-        parses_reasoning=_parses_reasoning(config, files.chat_template),
     )
 
 

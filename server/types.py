@@ -85,6 +85,7 @@ class GenerateRequest:
     """One sequence to generate. n > 1 is several requests that share a `group_id`, whose common prompt blocks are computed once.
 
     `cache_key` separates prefix caches (salt, adapter). Lower `priority` goes first. `deadline`: monotonic seconds, or None.
+    `alone`: it goes before all others and shares no step with them until it has its first token.
     """
 
     request_id: str
@@ -95,6 +96,7 @@ class GenerateRequest:
     cache_key: str = ""
     priority: int = 0
     deadline: float | None = None
+    alone: bool = False
 
 
 class Pooling(str, Enum):
@@ -115,6 +117,7 @@ class PoolRequest:
     cache_key: str = ""
     priority: int = 0
     deadline: float | None = None
+    alone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +155,8 @@ class TokenEvent:
     ended it (the end-of-sequence token included); that token is the last of `token_ids`. `num_cached_tokens` (prompt tokens found
     in the prefix cache) is right from the first event on. `logprobs` has one entry per token where the request asks for them.
     `prompt_logprobs` comes with the first token and has one entry per prompt token but the first, which nothing predicts.
-    With `is_request_fault`, `error` is something that the request brought about. `embedding` is the one answer to a PoolRequest.
+    With `is_request_fault`, `error` is something that the request brought about; `is_non_finite` says that the model's numbers
+    were no numbers. `embedding` is the one answer to a PoolRequest.
     """
 
     request_id: str
@@ -165,6 +169,7 @@ class TokenEvent:
     logprobs: list[TokenLogprob] | None = None
     prompt_logprobs: list[TokenLogprob] | None = None
     is_request_fault: bool = False
+    is_non_finite: bool = False
     embedding: list[float] | None = None
 
 

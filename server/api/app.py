@@ -14,7 +14,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from server.api import chat, completions, embeddings, messages, ops, page, responses_api, tokenize
-from server.api.context import ApiContext
+from server.api.context import ApiContext, ContextSource
 from server.api.embeddings import EmbeddingsRequest
 from server.api.errors import HANDLERS
 from server.api.messages_schemas import CountTokensRequest, MessagesRequest
@@ -53,6 +53,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 _Handler = Callable[[Request, ApiContext], Awaitable[Response]]
+_Probe = Callable[[ContextSource], Awaitable[Response]]
 
 _CLIENT_CLOSED_REQUEST = 499  # nginx's number; the client is not there to read it
 
@@ -62,17 +63,22 @@ class _App(FastAPI):
         return RequestIds(super().build_middleware_stack())
 
 
-def create_app(context: ApiContext) -> FastAPI:
+def create_app(served: ApiContext | ContextSource) -> FastAPI:
+    """Over one model for good, or over whichever the source has at the moment."""
+    source = served if isinstance(served, ContextSource) else ContextSource(served.engine, served.version, served)
     # No /docs pages: they load their scripts from outside.
-    app = _App(title="awq-serve", version=context.version, docs_url=None, redoc_url=None, exception_handlers=HANDLERS)
-    app.state.context = context
+    app = _App(title="awq-serve", version=source.version, docs_url=None, redoc_url=None, exception_handlers=HANDLERS)
+    app.state.source = source
 
     def route(
         method: str, path: str, handler: _Handler, schema: type[Schema] | None = None, *answers: type[Struct]
     ) -> None:
         async def endpoint(request: Request) -> Response:
             try:
-                return await handler(request, context)
+                if method != "POST":
+                    return await handler(request, source.current())
+                async with source.entered() as context:
+                    return await handler(request, context)
             except ClientGone:
                 return Response(status_code=_CLIENT_CLOSED_REQUEST)
 
@@ -99,15 +105,22 @@ def create_app(context: ApiContext) -> FastAPI:
     route("POST", "/detokenize", tokenize.detokenize, DetokenizeRequest)
     route("GET", "/v1/models", ops.list_models)
     route("GET", "/v1/models/{model:path}", ops.get_model)
-    route("GET", "/live", ops.live)
-    route("GET", "/health", ops.health)
-    route("GET", "/ready", ops.health)
+    for path, probe in (("/live", ops.live), ("/health", ops.health), ("/ready", ops.health)):
+        app.add_api_route(path, _probe(probe, source), name=probe.__name__, description=probe.__doc__ or "",
+                          responses=_ERRORS, response_model=None)  # fmt: skip
     route("GET", "/metrics", ops.metrics)
     route("GET", "/version", ops.version)
     route("GET", "/", page.index)
     route("GET", "/static/{name}", page.static_file)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
+
+
+def _probe(handler: _Probe, source: ContextSource) -> Callable[[], Awaitable[Response]]:
+    async def endpoint() -> Response:
+        return await handler(source)
+
+    return endpoint
 
 
 def _responses(answers: tuple[type[Struct], ...]) -> dict[int | str, dict[str, Any]]:

@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
-from server.engine.client import EngineUnavailable
+from server.engine.client import EngineUnavailable, RequestRefused
 
 _MAX_REPORTED_ERRORS = 10
 _MAX_SHOWN_INPUT = 100  # characters
@@ -48,8 +48,8 @@ def error_response(error: RequestError) -> JSONResponse:
     return JSONResponse(body, status_code=error.status, headers=error.headers)
 
 
-def unavailable(reason: str) -> RequestError:
-    return RequestError(reason, status=503, code="engine_unavailable", headers={"Retry-After": "5"})
+def unavailable(reason: str, retry_after: int = 5) -> RequestError:
+    return RequestError(reason, status=503, code="engine_unavailable", headers={"Retry-After": str(retry_after)})
 
 
 def from_validation_error(error: ValidationError) -> RequestError:
@@ -83,7 +83,12 @@ async def on_request_error(_: Request, error: Exception) -> JSONResponse:
 
 
 async def on_unavailable(_: Request, error: Exception) -> JSONResponse:
-    return error_response(unavailable(str(error)))
+    assert isinstance(error, EngineUnavailable)
+    return error_response(unavailable(str(error), error.retry_after))
+
+
+async def on_refused(_: Request, error: Exception) -> JSONResponse:
+    return error_response(RequestError(str(error), code="refused_fingerprint"))
 
 
 async def on_http_error(request: Request, error: Exception) -> JSONResponse:
@@ -106,6 +111,7 @@ async def on_exception(_: Request, error: Exception) -> JSONResponse:
 HANDLERS: dict[Any, Any] = {
     RequestError: on_request_error,
     EngineUnavailable: on_unavailable,
+    RequestRefused: on_refused,
     HTTPException: on_http_error,
     Exception: on_exception,
 }

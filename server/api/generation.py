@@ -122,7 +122,14 @@ class Generation:
         }
 
     def start(self) -> None:
-        """Raises EngineUnavailable when the engine takes no requests."""
+        """Raises EngineUnavailable when the engine takes no requests, RequestRefused for one that it is not to get again."""
+        try:
+            self._submit_all()
+        except Exception:
+            self.close()  # those that were taken
+            raise
+
+    def _submit_all(self) -> None:
         arrival = time.monotonic()
         for choice in self._unfinished.values():
             prompt_index, choice_index = divmod(choice.index, self.job.num_choices)

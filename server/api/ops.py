@@ -7,23 +7,21 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from server.api.context import ApiContext
+from server.api.context import ApiContext, ContextSource
 from server.api.errors import RequestError, error_response, unavailable
 from server.api.responses import json_response
-from server.engine.client import EngineState
 
 
-async def live(request: Request, context: ApiContext) -> Response:
+async def live(source: ContextSource) -> Response:
     """200 for as long as this process answers."""
     return json_response({"status": "ok"})
 
 
-async def health(request: Request, context: ApiContext) -> Response:
-    """200 while requests are taken; 503 while the engine loads, drains or is down."""
-    state = context.engine.state
-    if state is EngineState.READY:
+async def health(source: ContextSource) -> Response:
+    """200 while requests are taken; 503 while the engine loads, restarts, drains or is down."""
+    if source.is_ready:
         return json_response({"status": "ok"})
-    return error_response(unavailable(f"the engine is {state.value}"))
+    return error_response(unavailable(f"the engine is {source.state}", source.engine.retry_after))
 
 
 async def metrics(request: Request, context: ApiContext) -> Response:

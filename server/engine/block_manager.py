@@ -126,6 +126,14 @@ class BlockManager:
                 self._hashes[block] = key
                 self._by_hash[key] = block
 
+    def forget(self, sequence: Sequence) -> None:
+        """Makes the sequence's blocks such that no other finds them from now on; those who have them keep them."""
+        for block in sequence.block_table:
+            key = self._hashes[block]
+            if key is not None:
+                del self._by_hash[key]
+                self._hashes[block] = None
+
     def free(self, sequence: Sequence) -> None:
         """Returns the sequence's blocks: the one way out, however the sequence ended. The last blocks go first, so that a
         prefix outlives what follows it."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from kernels.backend import Backend, BackendOptions, KVCacheSpec
 from kernels.choice import create_backend
+from server.checkpoint_files import verified
 from server.config import EngineConfig
 from server.engine.block_manager import BlockManager
 from server.engine.kv_cache import DEFAULT_POOL_SHARE, GPU_POOL_SHARE, plan_kv_cache
@@ -17,7 +20,7 @@ from server.engine.matcher import GrammarFactory, GrammarQueue
 from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence
-from server.engine.step import ScheduledBatch, StepBudget
+from server.engine.step import ScheduledBatch, StepBudget, StepForecast
 from server.memory import MemoryLimit, memory_limit
 from server.model_config import ModelConfig, ModelError, load_model_config
 from server.models.loader import load_decoder
@@ -48,7 +51,10 @@ class Engine:
         info: EngineInfo,
         seed: int | None = None,
         grammars: GrammarQueue | None = None,
+        forecast: StepForecast | None = None,
     ) -> None:
+        self.on_launch: Callable[[list[str], float], None] | None = None
+        self.forecast = forecast
         self.scheduler = scheduler
         self.grammars = grammars
         self.runner = runner
@@ -95,6 +101,7 @@ class Engine:
         num_prompt_tokens = 0
         if self.scheduler.has_work():
             batch = self.scheduler.schedule(started)
+            self._announce(batch)
             sampled = self.runner.collect(self.runner.launch(batch))
             now = time.monotonic()
             self._pending_events += self.scheduler.postprocess(batch, sampled, now)
@@ -112,6 +119,11 @@ class Engine:
         if self.grammars:
             stats = replace(stats, num_waiting=stats.num_waiting + len(self.grammars))
         return StepOutput(self.info.epoch, events, stats)
+
+    def _announce(self, batch: ScheduledBatch) -> None:
+        if self.on_launch is not None:
+            seconds = 0.0 if self.forecast is None else self.forecast.seconds(batch)
+            self.on_launch([entry.sequence.request_id for entry in batch.entries], seconds)
 
     def _queue_those_with_grammars(self) -> None:
         """Sequences whose matchers have come join the others; with nothing else to do, they are waited for a moment."""
@@ -169,7 +181,8 @@ def build_engine(config: EngineConfig, epoch: int = 0) -> Engine:
             "a step must hold one token of every running sequence"
         )
     longest = config.max_model_len or model.max_context
-    decoder = load_decoder(model_dir, model, backend, longest)
+    with verified(model_dir) if config.verify_checksums else contextlib.nullcontext():
+        decoder = load_decoder(model_dir, model, backend, longest)
 
     def kv_spec(num_blocks: int) -> KVCacheSpec:
         return KVCacheSpec(
@@ -193,11 +206,13 @@ def build_engine(config: EngineConfig, epoch: int = 0) -> Engine:
     runner = Runner(
         decoder, backend, kv_spec(plan.num_blocks), max_batched, config.max_num_seqs, plan.max_model_len, eos_token_ids
     )
-    seconds_per_token = runner.warm_up()
+    pass_seconds, num_tokens = runner.warm_up()
+    seconds_per_token = pass_seconds / num_tokens
+    timed = timed_budget(model, max_batched, seconds_per_token)
     budget = StepBudget(max_batched)
     notes = list(plan.notes)
     if config.max_num_batched_tokens is None and not on_gpu:
-        budget = timed_budget(model, max_batched, seconds_per_token)
+        budget = timed
         notes.append(
             f"a prompt token takes {seconds_per_token * 1e3:.2f} ms: a step holds up to "
             f"{min(max_batched, budget.affordable(0, budget.max_cost))} tokens, fewer far into a prompt"
@@ -208,4 +223,4 @@ def build_engine(config: EngineConfig, epoch: int = 0) -> Engine:
     scheduler = Scheduler(block_manager, config.max_num_seqs, budget, plan.max_model_len, eos_token_ids, aging)
     info = EngineInfo(epoch, plan.max_model_len, plan.num_blocks, config.block_size, backend.name, notes)
     grammars = GrammarQueue(GrammarFactory(model_dir / "tokenizer.json", model.vocab_size, eos_token_ids))
-    return Engine(scheduler, runner, info, config.seed, grammars)
+    return Engine(scheduler, runner, info, config.seed, grammars, StepForecast(timed, seconds_per_token, pass_seconds))

@@ -12,16 +12,18 @@ import multiprocessing
 import os
 import queue
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import Protocol
+from typing import Any, Protocol
 
 from server.config import EngineConfig
 from server.engine import codec
+from server.engine.board import Board
 from server.types import (
     AbortReason,
     AbortRequest,
@@ -40,12 +42,15 @@ logger = logging.getLogger(__name__)
 
 # Seconds that the loop gets to end by itself once the API process is gone: a step may be under way.
 _ORPHAN_GRACE = 5.0
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 class Engine(Protocol):
-    """What the loop needs of an engine. `step` never blocks when there is no work, and reports aborted requests too."""
+    """What the loop needs of an engine. `step` never blocks when there is no work, and reports aborted requests too. It calls
+    `on_launch` with the requests that it is about to compute for, and the seconds that this is to take."""
 
     info: EngineInfo
+    on_launch: Callable[[list[str], float], None] | None
 
     def submit(self, request: GenerateRequest | PoolRequest) -> None: ...
 
@@ -63,7 +68,11 @@ class ProcessHandle:
     """An engine in a process of its own, seen from the API process."""
 
     connection: Connection
+    board: Board
     process: BaseProcess
+
+    def is_alive(self) -> bool:
+        return self.process.is_alive()
 
     def join(self, seconds: float) -> None:
         self.process.join(seconds)
@@ -80,7 +89,11 @@ class ThreadHandle:
     """An engine in a thread, which cannot be killed and has no exit code."""
 
     connection: Connection
+    board: Board
     thread: threading.Thread
+
+    def is_alive(self) -> bool:
+        return self.thread.is_alive()
 
     def join(self, seconds: float) -> None:
         self.thread.join(seconds)
@@ -99,8 +112,10 @@ class _PeerGone:
 class EngineLoop:
     """Runs an engine from the messages of a connection until a shutdown, the peer's end, or a failure."""
 
-    def __init__(self, engine: Engine, inbox: queue.SimpleQueue[object], connection: Connection) -> None:
+    def __init__(self, engine: Engine, inbox: queue.SimpleQueue[object], connection: Connection, board: Board) -> None:
         self._engine = engine
+        self._board = board
+        engine.on_launch = board.write
         self._inbox = inbox
         self._connection = connection
         self._live: set[str] = set()  # submitted and not yet reported finished
@@ -110,12 +125,15 @@ class EngineLoop:
     def run(self) -> None:
         """Returns when it is told to stop; an engine's exception passes through."""
         while self._receive():
+            self._board.write()
             output = self._engine.step()
             if self._refused:
                 output = dataclasses.replace(output, events=[*output.events, *self._refused])
                 self._refused = []
             self._live.difference_update(event.request_id for event in output.events if event.finish_reason is not None)
-            if not self._send(output) or (self._stopping and not self._engine.has_work()):
+            is_heard = self._send(output)
+            self._board.write()
+            if not is_heard or (self._stopping and not self._engine.has_work()):
                 return
 
     def _receive(self) -> bool:
@@ -141,6 +159,7 @@ class EngineLoop:
 
     def _submit(self, request: GenerateRequest | PoolRequest) -> None:
         """A ValueError of `submit` ends that request alone."""
+        self._board.write((request.request_id,))
         try:
             self._engine.submit(request)
         except ValueError as error:
@@ -158,7 +177,9 @@ class EngineLoop:
         return True
 
 
-def serve_engine(build: Callable[[], Engine], connection: Connection, epoch: int, *, exit_when_orphaned: bool) -> bool:
+def serve_engine(
+    build: Callable[[], Engine], connection: Connection, board: Board, epoch: int, *, exit_when_orphaned: bool
+) -> bool:
     """Build the engine, say EngineInfo, and run its loop. True for an orderly end; False after an EngineFailure.
 
     The pipe is read by a thread from the start on: the API process never waits for a step, and its death is seen even
@@ -173,7 +194,7 @@ def serve_engine(build: Callable[[], Engine], connection: Connection, epoch: int
     try:
         engine = build()
         connection.send_bytes(codec.encode(engine.info))
-        EngineLoop(engine, inbox, connection).run()
+        EngineLoop(engine, inbox, connection, board).run()
         return True
     except (BrokenPipeError, ConnectionResetError):  # the API process left while the model loaded
         return True
@@ -215,15 +236,34 @@ def _read_messages(connection: Connection, inbox: queue.SimpleQueue[object], exi
         os._exit(1)  # a step or a load that does not end must not outlive the server
 
 
-def engine_main(config: EngineConfig, connection: Connection, epoch: int, log_level: str = "info") -> None:
+def engine_main(
+    config: EngineConfig, connection: Connection, board: Board, epoch: int, log_level: str, ends_with_parent: bool
+) -> None:
     """What the engine process runs. The API process decides when it ends, so signals sent to the whole group are ignored."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if ends_with_parent:
+        _end_with_parent()
+    for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ignored, signal.SIG_IGN)
     logging.basicConfig(level=log_level.upper(), format="%(levelname)s engine: %(message)s", force=True)
-    is_orderly = serve_engine(lambda: _build(config, epoch), connection, epoch, exit_when_orphaned=True)
+    is_orderly = serve_engine(lambda: _build(config, epoch), connection, board, epoch, exit_when_orphaned=True)
     logging.shutdown()
     # All that is left is the interpreter taking down torch and gigabytes of cache piece by piece: seconds, for nothing.
     os._exit(0 if is_orderly else 1)
+
+
+def _end_with_parent() -> None:
+    """The process that engines are forked from ends with the API process: then the kernel kills this one, also while it hangs.
+
+    It would live as long as those that it has forked, which hold the other end of its pipe to be able to ask it for more.
+    """
+    import ctypes
+    from multiprocessing import forkserver
+
+    held = getattr(forkserver._forkserver, "_forkserver_alive_fd", None)
+    if isinstance(held, int):
+        os.close(held)
+    if ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) == 0 and os.getppid() == 1:
+        os._exit(1)  # it was quicker
 
 
 def _build(config: EngineConfig, epoch: int) -> Engine:
@@ -233,31 +273,54 @@ def _build(config: EngineConfig, epoch: int) -> Engine:
 
 
 def spawn_engine(config: EngineConfig, epoch: int, log_level: str = "info") -> ProcessHandle:
-    """Start the engine in a fresh process; it says EngineInfo or EngineFailure on the pipe when it has loaded."""
+    """Start the engine in a process of its own; it says EngineInfo or EngineFailure on the pipe when it has loaded.
+
+    It is forked from a process that has imported all that it needs and has done nothing else, which stays: an engine that is
+    started anew after a crash is spared the seconds that importing torch takes, and shares that memory.
+    """
     # Threads of torch's own pool that spin at barriers would starve the kernels' threads, and each other when cores are short.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    context = multiprocessing.get_context("spawn")
+    if sys.platform == "linux":
+        try:
+            return _start_engine("forkserver", config, epoch, log_level)
+        except OSError as error:  # nowhere to put its socket
+            logger.warning("engines cannot be forked (%s): a restart will take longer", error)
+    return _start_engine("spawn", config, epoch, log_level)
+
+
+def _start_engine(method: str, config: EngineConfig, epoch: int, log_level: str) -> ProcessHandle:
+    context: Any = multiprocessing.get_context(method)
+    context.set_forkserver_preload(["server.engine.engine"])
+    board = Board(is_shared=True)
     ours, theirs = context.Pipe()
     process: BaseProcess = context.Process(
-        target=engine_main, args=(config, theirs, epoch, log_level), name=f"awq-serve engine {epoch}"
+        target=engine_main,
+        args=(config, theirs, board, epoch, log_level, method == "forkserver"),
+        name=f"awq-serve engine {epoch}",
     )
-    process.start()
-    theirs.close()  # so that the pipe ends when the child does
-    return ProcessHandle(ours, process)
+    try:
+        process.start()
+    except OSError:
+        ours.close()
+        raise
+    finally:
+        theirs.close()  # so that the pipe ends when the child does
+    return ProcessHandle(ours, board, process)
 
 
 def thread_engine(build: Callable[[], Engine], epoch: int) -> ThreadHandle:
     """The same loop in a thread of this process (`--in-process`, tests)."""
+    board = Board(is_shared=False)
     ours, theirs = multiprocessing.Pipe()
     thread = threading.Thread(
         target=serve_engine,
-        args=(build, theirs, epoch),
+        args=(build, theirs, board, epoch),
         kwargs={"exit_when_orphaned": False},
         name=f"engine-{epoch}",
         daemon=True,
     )
     thread.start()
-    return ThreadHandle(ours, thread)
+    return ThreadHandle(ours, board, thread)
 
 
 def in_process_engine(config: EngineConfig, epoch: int) -> ThreadHandle:

@@ -55,18 +55,19 @@ class Runner:
         self.program = backend.record(lambda: decoder.forward(self.batch, self.kv), self.batch)
 
     @torch.inference_mode()
-    def warm_up(self) -> float:
-        """Runs small batches, so that the first request finds everything compiled and paged in. Returns the seconds that a prompt
-        token takes, by the last of them. They write to the first blocks, which nothing refers to yet."""
+    def warm_up(self) -> tuple[float, int]:
+        """Runs small batches, so that the first request finds everything compiled and paged in. Returns the seconds that the last
+        of them took, and its number of tokens. They write to the first blocks, which nothing refers to yet."""
         length = min(self.batch.max_tokens, WARM_UP_TOKENS, self.batch.block_tables.shape[1] * self.block_size)
         tokens, blocks = range(length), range(-(-length // self.block_size))
         seconds = 0.0
         for _ in range(2):
             self.batch.fill([0] * length, tokens, tokens, [length], [length], [blocks], [length - 1])
+            sampling = self.sampler.fill([])
             started = time.perf_counter()
-            self.program.run()
+            self.backend.sample(self.program.run()[:1], sampling).to_host()  # which waits
             seconds = time.perf_counter() - started
-        return seconds / length
+        return seconds, length
 
     @torch.inference_mode()
     def launch(self, scheduled: ScheduledBatch) -> StepHandle:

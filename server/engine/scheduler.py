@@ -58,6 +58,7 @@ class Scheduler:
         self._arrivals = itertools.count()
         self.waiting: list[Sequence] = []  # by rank
         self.running: list[Sequence] = []
+        self._alone: list[Sequence] = []  # those added that are to share no step before their first token
 
     def add(self, sequence: Sequence) -> None:
         assert sequence.num_prompt_tokens + (sequence.pooling is None) <= self.max_model_len
@@ -66,12 +67,18 @@ class Scheduler:
             time = sequence.request.arrival_time + sequence.request.priority * self.priority_aging_seconds
         sequence.rank = time, next(self._arrivals)
         insort(self.waiting, sequence, key=lambda other: other.rank)
+        if sequence.request.alone:
+            self._alone.append(sequence)
 
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
 
     # Before the step.
     def schedule(self, now: float) -> ScheduledBatch:
+        while self._alone and (self._alone[0].first_token or self._alone[0].status is SequenceStatus.FINISHED):
+            del self._alone[0]
+        if self._alone:
+            return self._schedule_alone(self._alone[0], now)
         step = Step(self.budget, self.max_num_seqs)
         num_preemptions = 0
         # Decodes before chunks; within each, the order of admission. Preemption takes the one of the last rank.
@@ -111,14 +118,35 @@ class Scheduler:
             if not self.block_manager.can_allocate(sequence, prefix):
                 return None
             del self.waiting[index]
-            self.block_manager.allocate(sequence, prefix)
-            if sequence.first_scheduled is None:
-                sequence.first_scheduled = now
-                sequence.num_cached_tokens = sequence.num_computed_tokens
-            sequence.status = SequenceStatus.RUNNING
-            self.running.append(sequence)
+            self._seat(sequence, prefix, now)
             return sequence
         return None
+
+    def _seat(self, sequence: Sequence, prefix: list[int], now: float) -> None:
+        """Gives one that waited its blocks, the cached `prefix` among them."""
+        self.block_manager.allocate(sequence, prefix)
+        if sequence.first_scheduled is None:
+            sequence.first_scheduled = now
+            sequence.num_cached_tokens = sequence.num_computed_tokens
+        sequence.status = SequenceStatus.RUNNING
+        self.running.append(sequence)
+
+    def _schedule_alone(self, sequence: Sequence, now: float) -> ScheduledBatch:
+        """A step of this one only; whoever stands in its way is preempted."""
+        num_preemptions = queries = hits = 0
+        if sequence.status is SequenceStatus.WAITING:
+            self.waiting.remove(sequence)
+            while True:
+                prefix = [] if sequence.needs_every_position else self.block_manager.find_prefix(sequence)
+                if len(self.running) < self.max_num_seqs and self.block_manager.can_allocate(sequence, prefix):
+                    break
+                self._preempt_last()
+                num_preemptions += 1
+            self._seat(sequence, prefix, now)
+            queries, hits = sequence.num_tokens, sequence.num_computed_tokens
+        step = Step(self.budget, self.max_num_seqs)
+        step.add(sequence)
+        return ScheduledBatch(step.entries, queries, hits, num_preemptions)
 
     def _waits_for_sibling(self, sequence: Sequence) -> bool:
         group, size = sequence.group_id, self.block_manager.block_size
@@ -162,7 +190,7 @@ class Scheduler:
         assert sequence.pooled is not None
         embedding = sequence.pooled.embedding()
         if embedding is None:
-            return self.finish(sequence, FinishReason.ERROR, now, error="the model's hidden states were not finite")
+            return self._finish_non_finite(sequence, "the model's hidden states were not finite", now)
         return replace(self.finish(sequence, FinishReason.STOP, now), embedding=embedding)
 
     def _append(self, sequence: Sequence, row: SampledToken, now: float) -> TokenEvent:
@@ -173,7 +201,7 @@ class Scheduler:
             event = self.finish(sequence, FinishReason.ERROR, now, error=error)
             return replace(event, is_request_fault=True)
         if row.token_id is None:
-            return self.finish(sequence, FinishReason.ERROR, now, error="the model's logits were not finite")
+            return self._finish_non_finite(sequence, "the model's logits were not finite", now)
         sequence.token_ids.append(row.token_id)
         is_first = sequence.first_token is None
         if is_first:
@@ -190,6 +218,11 @@ class Scheduler:
         if is_first and sequence.sampling.num_prompt_logprobs is not None:
             event = replace(event, prompt_logprobs=sequence.prompt_logprobs)
         return event
+
+    def _finish_non_finite(self, sequence: Sequence, error: str, now: float) -> TokenEvent:
+        """What it computed may be what is not finite: nobody else is to find it in the prefix cache."""
+        self.block_manager.forget(sequence)
+        return replace(self.finish(sequence, FinishReason.ERROR, now, error=error), is_non_finite=True)
 
     def finish(
         self,

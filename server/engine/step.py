@@ -84,6 +84,19 @@ class ScheduledBatch:
         return sum(entry.num_new_tokens for entry in self.entries)
 
 
+@dataclass(frozen=True, slots=True)
+class StepForecast:
+    """How long steps take by what was measured at load: `least_seconds` is a pass that reads all weights once."""
+
+    budget: StepBudget  # with attention's price, whatever limits the steps
+    seconds_per_token: float
+    least_seconds: float
+
+    def seconds(self, batch: ScheduledBatch) -> float:
+        cost = sum(self.budget.cost(entry.start, entry.num_new_tokens) for entry in batch.entries)
+        return max(self.least_seconds, cost * self.seconds_per_token)
+
+
 class Step:
     """A step being filled."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +10,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from server.checkpoint_files import safetensors_files
 from server.model_config import ModelError
 
-INDEX_FILE = "model.safetensors.index.json"
-
+_SCALES = (".scales", ".weight_scale")
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32}
 
 
@@ -41,7 +40,7 @@ class Checkpoint:
         self.tensors: dict[str, TensorInfo] = {}
         self._read: set[str] = set()
         self._files: dict[str, safe_open] = {}
-        for file in _safetensors_files(model_dir):
+        for file in safetensors_files(model_dir):
             handle = self._open(file)
             for stored_name in handle.keys():  # noqa: SIM118 (not a mapping)
                 name = rename(stored_name)
@@ -77,34 +76,17 @@ class Checkpoint:
         return info
 
     def read(self, name: str) -> Tensor:
+        """Raises ModelError also for scales of quantized weights that are not finite: nothing but rubbish would come of them."""
         info = self.expect(name)
         self._read.add(name)
         try:
-            return self._open(info.file).get_tensor(info.stored_name)
+            tensor = self._open(info.file).get_tensor(info.stored_name)
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{info.file}: tensor {name} cannot be read ({error})") from None
+        if name.endswith(_SCALES) and not bool(tensor.isfinite().all()):
+            raise ModelError(f"{info.file}: tensor {name}: holds a scale that is not finite")
+        return tensor
 
     def close(self) -> None:
         """Lets go of the files' mappings."""
         self._files.clear()
-
-
-def _safetensors_files(model_dir: Path) -> list[str]:
-    if not model_dir.is_dir():
-        raise ModelError(f"{model_dir}: not a directory")
-    index = model_dir / INDEX_FILE
-    if index.is_file():
-        try:
-            files = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError):
-            raise ModelError(f"{INDEX_FILE}: expected a JSON object with weight_map") from None
-        for file in files:
-            if Path(file).name != file or not (model_dir / file).is_file():
-                raise ModelError(f"{INDEX_FILE}: names {file}, which is not in {model_dir}")
-        return files
-    files = sorted(path.name for path in model_dir.glob("*.safetensors"))
-    if files:
-        return files
-    foreign = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for path in model_dir.glob(pattern))
-    found = f"found {', '.join(foreign[:3])}" if foreign else "found none"
-    raise ModelError(f"{model_dir}: no *.safetensors files ({found}); only safetensors checkpoints are served")

@@ -85,6 +85,8 @@ def test_selectors_and_ports_fit() -> None:
     assert monitored["endpoints"][0]["port"] in {port["name"] for port in objects["Service"]["spec"]["ports"]}
     names = {port["name"] for port in container["ports"]}
     assert {container[f"{probe}Probe"]["httpGet"]["port"] for probe in ("startup", "liveness", "readiness")} <= names
+    paths = {probe: container[f"{probe}Probe"]["httpGet"]["path"] for probe in ("startup", "liveness", "readiness")}
+    assert paths == {"startup": "/health", "liveness": "/live", "readiness": "/ready"}
     assert (
         objects["HorizontalPodAutoscaler"]["spec"]["scaleTargetRef"]["name"]
         == objects["Deployment"]["metadata"]["name"]

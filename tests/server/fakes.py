@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -93,10 +93,18 @@ class EchoEngine:
     aborted: list[tuple[str, AbortReason]] = field(default_factory=list)
     is_closed: bool = False
     before_step: Callable[[], None] | None = None
+    on_launch: Callable[[list[str], float], None] | None = None
+    predicted_seconds: float = 0.0
     _events: list[TokenEvent] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.gate.set()
+
+    def restart(self, epoch: int) -> None:
+        """As a new engine that knows nothing of the old one's requests."""
+        self.info = replace(self.info, epoch=epoch)
+        self.running.clear()
+        self._events.clear()
 
     def submit(self, request: GenerateRequest) -> None:
         if len(request.prompt_token_ids) + request.sampling.max_tokens > self.info.max_model_len:
@@ -120,6 +128,8 @@ class EchoEngine:
         if self.step_seconds:
             time.sleep(self.step_seconds)
         events, self._events = self._events, []
+        if self.on_launch is not None:
+            self.on_launch(list(self.running), self.predicted_seconds)
         for running in list(self.running.values()):
             if self.fail_on_token in running.request.prompt_token_ids:
                 raise RuntimeError("planted failure")
@@ -236,12 +246,13 @@ async def running_edge(
     """The application over `engine`, called in process; the engine's loop runs in a thread, as with `--in-process`."""
     engine = engine or echo_engine()
 
-    def build() -> EchoEngine:
+    def build(epoch: int) -> EchoEngine:
         if on_build is not None:
             on_build()
+        engine.restart(epoch)
         return engine
 
-    client = EngineClient(lambda epoch: thread_engine(build, epoch))
+    client = EngineClient(lambda epoch: thread_engine(lambda: build(epoch), epoch))
     info = await client.start()
     recorder = MetricsRecorder(CollectorRegistry(), "echo", info)
     client.observer = recorder

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from server.config import EngineConfig
 from server.engine import codec
 from server.engine.client import EngineClient, EngineState, EngineUnavailable, Mailbox
+from server.engine.observer import NoObserver
 from server.engine.process import ProcessHandle, spawn_engine, thread_engine
 from server.types import (
     AbortReason,
@@ -179,17 +180,14 @@ def test_a_failure_to_build_is_the_reason_given() -> None:
     asyncio.run(check())
 
 
-class _Lost:
+class _Lost(NoObserver):
     """An observer that remembers what was lost."""
 
     def __init__(self) -> None:
         self.ids: set[str] = set()
 
-    def on_submit(self, request: GenerateRequest) -> None: ...
-
-    def on_step(self, output: StepOutput) -> None: ...
-
-    def on_lost(self, request_ids: Iterable[str]) -> None:
+    def on_lost(self, request_ids: Iterable[str], reason: FinishReason) -> None:
+        assert reason is FinishReason.ERROR
         self.ids |= set(request_ids)
 
 
@@ -225,7 +223,7 @@ def test_a_killed_process_answers_the_start_at_once() -> None:
         pid = handles[0].process.pid
         assert pid is not None
         os.kill(pid, signal.SIGKILL)
-        with pytest.raises(EngineUnavailable, match="-9"):
+        with pytest.raises(EngineUnavailable, match="SIGKILL"):
             await asyncio.wait_for(starting, 10)
         await client.stop()
 
@@ -246,7 +244,8 @@ def test_an_engine_whose_pipe_ends_reports_all_requests_lost() -> None:
         for box in boxes.values():
             assert (await _collect(box))[-1].finish_reason is FinishReason.ERROR
         assert lost.ids == {"a", "b"}
-        assert client.state is EngineState.DEAD
+        assert client.state is EngineState.RESTARTING
         await client.stop()
+        assert client.state is EngineState.DEAD
 
     asyncio.run(check())

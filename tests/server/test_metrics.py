@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -124,10 +126,29 @@ def test_requests_lost_with_the_engine_are_errors_and_gauges_return_to_zero() ->
     recorded.submit("b", 5)
     recorded.step(101, TokenEvent("a", [1]), num_running=2, num_used_blocks=4)
     recorded.recorder.on_lost(["a", "b", "unknown"])
+    recorded.recorder.on_crash(3)
+    recorded.recorder.on_start(replace(INFO, num_blocks=7), is_restart=True)
+    recorded.recorder.on_start(replace(INFO, num_blocks=8), is_restart=False)
+    recorded.recorder.on_refused()
     values = recorded.values()
     assert values["awqserve_request_success_total[error]"] == 2
     assert values["awqserve_num_requests_running"] == 0
     assert values["awqserve_kv_cache_usage_perc"] == 0
+    for name, count in (("engine_restarts", 1), ("retried_requests", 3), ("refused_fingerprints", 1)):
+        assert values[f"awqserve_{name}_total"] == count
+    assert [name for name in values if name.startswith("awqserve_cache_config_info")] == [
+        "awqserve_cache_config_info[16,reference,8]"
+    ]
+
+
+def test_numbers_that_are_none_are_counted() -> None:
+    recorded = _Recorded()
+    recorded.submit("a", 5)
+    recorded.submit("b", 5)
+    last = TokenEvent("a", [], finish_reason=FinishReason.ERROR, error="not finite", is_non_finite=True)
+    recorded.step(101, last, TokenEvent("b", [1]))
+    values = recorded.values()
+    assert values["awqserve_non_finite_logits_total"] == values["awqserve_request_success_total[error]"] == 1
 
 
 def test_a_request_aborted_while_it_waited_counts_its_wait_alone() -> None:

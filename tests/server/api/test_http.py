@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import threading
 import time
 from urllib.parse import urlsplit
 
@@ -135,20 +136,42 @@ def _post(url: str, **body: object) -> httpx.Response:
 
 def test_engine_failure_answers_everyone_and_shows_in_health() -> None:
     engine = echo_engine(step_seconds=0.002, fail_on_token=POISON)
-    with served_edge(engine) as (url, edge):
+    may_build = threading.Event()
+    may_build.set()
+    with served_edge(engine, on_build=lambda: may_build.wait(20) or None) as (url, edge):
         assert httpx.get(f"{url}/ready").status_code == 200
         body: dict[str, object] = {"prompt": TEXT, "max_tokens": 400, "stream": True}
-        streaming = _send(url, "/v1/completions", body)
-        wait_until(lambda: len(edge.engine.running) == 1)
+
+        def begun_stream() -> socket.socket:
+            connection = _send(url, "/v1/completions", body)
+            while b"data: " not in connection.recv(65536):
+                pass
+            return connection
+
+        streaming = begun_stream()
         response = _post(url, prompt=[POISON])
         assert response.status_code == 500
         assert response.json()["error"]["code"] == "engine_error"
+        assert "again when it was retried" in response.json()["error"]["message"]
         text = b""
         while b"[DONE]" not in text:
             text += streaming.recv(65536)
         assert b'"error":{"message":"the engine stopped' in text
         streaming.close()
 
+        wait_until(lambda: httpx.get(f"{url}/health").status_code == 200)
+        response = _post(url, prompt=[POISON])
+        assert response.status_code == 400 and response.json()["error"]["code"] == "refused_fingerprint"
+        several: dict[str, object] = {"prompt": [[5, 6], [POISON]], "stream": True}
+        assert _post(url, **several).status_code == 400
+        wait_until(lambda: not edge.client.num_unfinished)  # the first of them was submitted, and taken back
+
+        assert _post(url).status_code == 200
+
+        may_build.clear()
+        streaming = begun_stream()
+        poison = _send(url, "/v1/completions", {"prompt": [POISON, 5], "max_tokens": 1})
+        wait_until(lambda: edge.client.state is EngineState.RESTARTING)
         for path in ("/health", "/ready"):
             response = httpx.get(url + path)
             assert response.status_code == 503
@@ -156,9 +179,17 @@ def test_engine_failure_answers_everyone_and_shows_in_health() -> None:
         assert httpx.get(f"{url}/live").status_code == 200
         response = _post(url)
         assert response.status_code == 503
-        assert "planted failure" in response.json()["error"]["message"]
+        assert "starting anew" in response.json()["error"]["message"]
         assert "retry-after" in response.headers
-        assert 'finished_reason="error",model_name="echo"} 2.0' in httpx.get(f"{url}/metrics").text
+        may_build.set()
+        wait_until(lambda: not edge.client.num_unfinished)
+        wait_until(lambda: httpx.get(f"{url}/health").status_code == 200)
+        streaming.close()
+        poison.close()
+        metrics = httpx.get(f"{url}/metrics").text
+        assert 'finished_reason="error",model_name="echo"} 4.0' in metrics
+        for name, value in (("engine_restarts", 4), ("retried_requests", 2), ("refused_fingerprints", 2)):
+            assert f'awqserve_{name}_total{{model_name="echo"}} {value}.0' in metrics
         assert engine.is_closed
 
 

@@ -1,0 +1,1 @@
+"""Whole servers under faults and load, as operators meet them."""
