@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 # CPU torch where the index has one; `pip install torch` elsewhere. Override to choose a CUDA build.
 TORCH ?= torch>=2.11,<2.14
 
-.PHONY: serve test check chaos image-test sanitize lint bench test-gpu bench-gpu check-gpu models-page clean
+.PHONY: serve test check chaos soak abuse image-test sanitize lint bench test-gpu bench-gpu check-gpu models-page clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV) || { echo "python3-venv is missing: apt-get install python3-venv"; exit 1; }
@@ -43,6 +43,17 @@ chaos: $(STAMP) $(DEMO_MODEL)
 image-test: $(STAMP) $(DEMO_MODEL)
 	tests/docker/image_test.sh $(CURDIR)/$(BIN)/python $(DEMO_MODEL) "$(TORCH)"
 	$(BIN)/python -m pytest -n 0 -m slow tests/docker
+
+# Half an hour of mixed load past capacity, with clients that leave and clients that err. MINUTES= and REQUESTS= override.
+MINUTES ?= 30
+REQUESTS ?= 10000
+soak: $(STAMP) $(DEMO_MODEL)
+	$(BIN)/python -m tests.operate.soak $(DEMO_MODEL) --minutes $(MINUTES) --requests $(REQUESTS)
+
+# A well-behaved client's latency beside slow, huge, malformed and malicious requests: about 4 minutes. SECONDS_EACH= of each.
+SECONDS_EACH ?= 10
+abuse: $(STAMP) $(DEMO_MODEL)
+	$(BIN)/python -m tests.operate.abuse $(DEMO_MODEL) --seconds $(SECONDS_EACH)
 
 bench: $(STAMP) $(DEMO_MODEL)
 	$(BIN)/python -m kernels.bench

@@ -15,10 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from server.config import EngineConfig, ServerConfig
+from server.edge_options import check_edge
+from server.keys import ApiKey, load_keys
+from server.logs import configure_logging
 from server.options import parse_options
 
 if TYPE_CHECKING:
     from server.engine.client import Launcher
+    from server.model_config import ModelConfig
 
 logger = logging.getLogger("server")
 
@@ -33,9 +37,8 @@ class StartError(Exception):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0 after an orderly stop, 1 when the server cannot start or its engine is down for good, 2 for wrong options."""
     config = parse_options(arguments, os.environ)
-    logging.basicConfig(level=config.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
-    for noisy in ("httpx", "httpcore", "filelock", "urllib3"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    os.environ.pop("AWQSERVE_API_KEY", None)  # the processes that this one starts have no use for it
+    configure_logging(config.log_level, config.log_format)
     try:
         return _run(config)
     except StartError as error:
@@ -53,15 +56,19 @@ def _run(config: ServerConfig) -> int:
     from server.model_files import ModelFilesError, resolve_model, served_name
 
     listener = bind(config.host, config.port)
+    metrics_listener = None
+    if config.metrics_port is not None:
+        metrics_listener = bind(config.host, config.metrics_port, "--metrics-port")
+    keys = _prepare_front(config)
     names = config.served_model_names or (served_name(config.engine.model),)
     asked, config = config, replace(config, served_model_names=names)
 
-    def open_model() -> tuple[EngineConfig, int]:
+    def open_model() -> tuple[EngineConfig, ModelConfig]:
         """The folder itself, not a link to it: a link that is set to another model counts at a reload, not before."""
         directory = resolve_model(asked.engine.model, asked.revision).resolve()
-        return replace(asked.engine, model=str(directory)), load_model_config(directory).vocab_size
+        return replace(asked.engine, model=str(directory)), load_model_config(directory)
 
-    def open_whole_model() -> tuple[EngineConfig, int]:
+    def open_whole_model() -> tuple[EngineConfig, ModelConfig]:
         """Before it takes the place of one that works, all that can be checked without loading it is."""
         opened = open_model()
         check_lengths(Path(opened[0].model))
@@ -70,7 +77,7 @@ def _run(config: ServerConfig) -> int:
         return opened
 
     try:
-        engine_config, vocab_size = open_model()
+        engine_config, model = open_model()
     except (ModelFilesError, ModelError) as error:
         raise StartError(str(error)) from error
     client = EngineClient(_launcher(config, engine_config))
@@ -82,13 +89,17 @@ def _run(config: ServerConfig) -> int:
         from server.serve import ServeError, Startup, serve
 
         try:
-            startup = Startup(open_whole_model, lambda engine: _launcher(config, engine))
-            serve(replace(config, engine=engine_config), client, listener, vocab_size, startup)
+            startup = Startup(
+                open_whole_model, lambda engine: _launcher(config, engine), listener, metrics_listener, keys
+            )
+            serve(replace(config, engine=engine_config), client, model, startup)
         except ServeError as error:
             raise StartError(str(error)) from error
     finally:
         client.close()
         listener.close()
+        if metrics_listener is not None:
+            metrics_listener.close()
     return 0
 
 
@@ -97,10 +108,27 @@ def _launcher(config: ServerConfig, engine_config: EngineConfig) -> Launcher:
 
     if config.in_process:
         return lambda epoch: in_process_engine(engine_config, epoch)
-    return lambda epoch: spawn_engine(engine_config, epoch, config.log_level)
+    return lambda epoch: spawn_engine(engine_config, epoch, config.log_level, config.log_format)
 
 
-def bind(host: str, port: int) -> socket.socket:
+def _prepare_front(config: ServerConfig) -> tuple[ApiKey, ...]:
+    """The API keys. What is wrong with keys and certificates is known before the model loads."""
+    from server.tls import check_tls
+
+    try:
+        check_edge(config)
+        keys = load_keys(config.api_keys, config.api_key_file)
+        check_tls(config)
+    except ValueError as error:
+        raise StartError(str(error)) from error
+    if short := [key.name for key in keys if key.is_short]:
+        logger.warning("API keys that are short enough to be guessed: %s", ", ".join(short))
+    if not keys and config.host not in ("127.0.0.1", "::1", "localhost"):
+        logger.warning("no --api-key: whoever reaches %s port %d may use the server", config.host, config.port)
+    return keys
+
+
+def bind(host: str, port: int, option: str = "--port") -> socket.socket:
     """A listening socket, made before the model loads: a taken port is known at once."""
     try:
         [family, kind, protocol, _, address] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -113,7 +141,9 @@ def bind(host: str, port: int) -> socket.socket:
         listener.listen(_BACKLOG)
     except OSError as error:
         listener.close()
-        raise StartError(f"cannot listen on {host} port {port}: {error.strerror}; choose another with --port") from None
+        raise StartError(
+            f"cannot listen on {host} port {port}: {error.strerror}; choose another with {option}"
+        ) from None
     return listener
 
 

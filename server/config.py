@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 TOOL_CALL_PARSERS = ("hermes", "llama3", "mistral")
 
@@ -35,19 +35,51 @@ class EngineConfig:
 
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
-    """What the API process is told."""
+    """What the API process is told. Of limits, 0 means none where the comment says so."""
 
     engine: EngineConfig
     host: str = "127.0.0.1"
     port: int = 8000
     served_model_names: tuple[str, ...] = ()
-    log_level: str = "info"
     in_process: bool = False  # the engine in a thread of the API process: for debugging
-    access_log: bool = False
     revision: str | None = None  # of a model that is a Hugging Face id
     generation_config: str = "auto"  # where sampling defaults come from: auto (the model's folder), none, or a folder
     chat_template: str | None = None  # a file that replaces the checkpoint's
     tool_call_parser: str = "auto"  # how the model writes tool calls; auto: by its chat template
     reasoning_parser: str = "auto"  # "think", "none", or auto: by the chat template
     drain_timeout: float = 5.0  # seconds that running requests get once the server is told to stop
-    max_request_bytes: int = 16 * 2**20
+
+    # Who may ask. Keys are "name:secret" or a secret alone; none at all: anybody.
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    api_key_file: str | None = None
+    allowed_origins: tuple[str, ...] = ()  # of pages elsewhere whose scripts may call; none: no CORS headers at all
+    allowed_methods: tuple[str, ...] = ("GET", "POST")
+    allowed_headers: tuple[str, ...] = ("Authorization", "Content-Type", "X-Request-Id")
+    allow_credentials: bool = False
+    ssl_certfile: str | None = None
+    ssl_keyfile: str | None = None
+    ssl_ca_certs: str | None = None  # of clients, which then need a certificate
+
+    # How much.
+    max_queued_requests: int = 256  # sequences that wait for a seat
+    max_queued_tokens: int = 2**18  # prompt tokens that wait to be computed
+    key_requests_per_minute: int = 0  # of one API key, or of all who need none; 0: no limit
+    key_concurrent_requests: int = 0  # the same
+    max_request_bytes: int = 4 * 2**20
+    max_header_bytes: int = 64 * 2**10
+    max_connections: int = 4096
+
+    # For how long; seconds.
+    header_timeout: float = 10.0  # for a request's head to come whole
+    body_timeout: float = 60.0  # for its body
+    keep_alive_timeout: float = 5.0  # of a connection between two requests
+    send_timeout: float = 30.0  # for a client to take any of what was sent to it
+
+    log_level: str = "info"
+    log_format: str = "text"  # or "json"
+    access_log: bool = False
+    log_requests: bool = False  # what is asked, prompts included
+    max_log_len: int = 1000  # characters of a prompt in the log
+    metrics_port: int | None = None  # a listener of its own, for which no key is needed
+    metrics_prefix: str = "awqserve_"
+    otlp_traces_endpoint: str | None = None

@@ -12,18 +12,22 @@ import json
 import multiprocessing
 import resource
 import signal
+import time
 from collections import OrderedDict
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import llguidance
 from llguidance.gbnf_to_lark import any_to_lark
 
+from server.priority import step_back
+
 MAX_SOURCE_LENGTH = 256 * 1024  # characters
 COMPILE_SECONDS = 5.0
+MAX_MASK_SECONDS = 0.25  # of the processor, to find which tokens may come next: everybody's step waits for it
 START_SECONDS = 60.0  # of the process itself, which loads a tokenizer
 MAX_MEMORY = 2 * 2**30  # bytes of address space
 _MAX_CACHED = 256
@@ -53,8 +57,16 @@ class GrammarSource:
     reasoning: Reasoning = "none"  # what may come before
 
 
+class GrammarObserver(Protocol):
+    """Told of what is compiled, for metrics."""
+
+    def on_grammar_compiled(self, seconds: float, is_good: bool) -> None: ...
+
+    def on_grammar_cached(self) -> None: ...
+
+
 class GrammarService:
-    """Compiles one source at a time; the process starts with the first."""
+    """Compiles one source at a time; the process starts with the first. `observer` may be set at any time."""
 
     def __init__(self, tokenizer_file: Path, compile_seconds: float = COMPILE_SECONDS) -> None:
         self._tokenizer_file = tokenizer_file
@@ -62,6 +74,7 @@ class GrammarService:
         self._cache: OrderedDict[GrammarSource, str | GrammarError] = OrderedDict()
         self._cached_length = 0
         self._lock = asyncio.Lock()
+        self.observer: GrammarObserver | None = None
         self._process: BaseProcess | None = None
         self._connection: Connection | None = None
 
@@ -72,12 +85,24 @@ class GrammarService:
         if source not in self._cache:
             async with self._lock:
                 if source not in self._cache:  # not compiled by another while this one waited
-                    self._remember(source, await asyncio.to_thread(self._compile, source))
+                    await self._compile_anew(source)
+        elif self.observer is not None:
+            self.observer.on_grammar_cached()
         self._cache.move_to_end(source)
         result = self._cache[source]
         if isinstance(result, GrammarError):
             raise GrammarError(str(result))
         return result
+
+    async def _compile_anew(self, source: GrammarSource) -> None:
+        begin = time.monotonic()
+        result: str | GrammarError = GrammarError("no process to compile it")
+        try:
+            result = await asyncio.to_thread(self._compile, source)
+            self._remember(source, result)
+        finally:
+            if self.observer is not None:
+                self.observer.on_grammar_compiled(time.monotonic() - begin, not isinstance(result, GrammarError))
 
     def _remember(self, source: GrammarSource, result: str | GrammarError) -> None:
         self._cache[source] = result
@@ -142,6 +167,7 @@ def _serve(connection: Connection, tokenizer_file: Path) -> None:
     for ignored in (signal.SIGINT, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    step_back()
     tokenizer = load_grammar_tokenizer(tokenizer_file)
     _limit_memory()
     connection.send("ready")
@@ -166,7 +192,10 @@ def _compile(source: GrammarSource, tokenizer: llguidance.LLTokenizer) -> str:
     grammar = _after_reasoning(_translate(source), source.reasoning, tokenizer)
     matcher = llguidance.LLMatcher(tokenizer, grammar, log_level=0)
     if not matcher.is_error():
+        begin = time.thread_time()
         matcher.compute_bitmask()  # the lexer's automata are built by need: here, too, they may fail
+        if time.thread_time() - begin > MAX_MASK_SECONDS:
+            raise ValueError(f"takes longer than {MAX_MASK_SECONDS:g} s to find the tokens that may come first")
     if matcher.is_error():
         raise ValueError(matcher.get_error())
     return grammar

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
-from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client import CollectorRegistry
 
+from server.metric_families import (
+    FIRST_TOKEN_SECONDS,
+    NUM_CHOICES,
+    NUM_PREEMPTIONS,
+    PREFIX,
+    REQUEST_SECONDS,
+    STEP_TOKENS,
+    TOKEN_SECONDS,
+    MetricFamilies,
+    render,
+    token_buckets,
+)
 from server.types import (
     EngineInfo,
     FinishReason,
@@ -20,26 +31,16 @@ from server.types import (
     TokenEvent,
 )
 
-PREFIX = "awqserve_"
-
-# vLLM's buckets, so that its dashboards read the same.
-_REQUEST_SECONDS = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
-_TOKEN_SECONDS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
-_FIRST_TOKEN_SECONDS = (
-    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
-    *(1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560),
-)
-_STEP_TOKENS = tuple(2**exponent if exponent else 1 for exponent in (0, *range(3, 15)))
+__all__ = ["PREFIX", "MetricsRecorder", "token_buckets"]
 
 
-def token_buckets(largest: int) -> list[int]:
-    """1, 2, 5, 10, 20, 50, ... up to `largest`."""
-    buckets = []
-    decade = 1
-    while decade <= largest:
-        buckets += [decade * step for step in (1, 2, 5) if decade * step <= largest]
-        decade *= 10
-    return buckets
+@dataclass(slots=True)
+class _Group:
+    """The choices of one prompt."""
+
+    num_choices: int = 0
+    num_live: int = 0
+    most_tokens: int = 0
 
 
 @dataclass(slots=True)
@@ -48,12 +49,17 @@ class _Live:
 
     num_prompt_tokens: int
     max_tokens: int | None  # None: to be embedded
+    group: str
     num_tokens: int = 0
+    num_cached_tokens: int = 0
     last_token_time: float | None = None
 
 
 class MetricsRecorder:
-    """An `EngineObserver` that counts. All methods belong to one thread; each takes microseconds per event."""
+    """An `EngineObserver` that counts. All methods belong to one thread; each takes microseconds per event.
+
+    `facts`: of info metrics by name, what their labels say beyond the model's name. `families`: where others count, too.
+    """
 
     def __init__(
         self,
@@ -61,22 +67,52 @@ class MetricsRecorder:
         model_name: str,
         info: EngineInfo,
         clock: Callable[[], float] = time.monotonic,
+        prefix: str = PREFIX,
+        facts: Mapping[str, Mapping[str, str]] | None = None,
+        families: MetricFamilies | None = None,
     ) -> None:
-        disable_created_metrics()  # the *_created series double the page and vLLM's dashboards do not use them
         self._registry = registry
-        self._model_name = model_name
         self._clock = clock
         self._live: dict[str, _Live] = {}
-        self._make_engine_metrics(info)
+        self._groups: dict[str, _Group] = {}
+        self.families = families or MetricFamilies(registry, model_name, prefix)
+        self._make_engine_metrics()
         self._make_request_metrics(info)
+        told = dict(facts or {})
+        self._cache_facts = dict(told.pop("cache_config_info", {}))
+        self._note_cache_config = self._make_cache_config()
+        self._note_cache_config(info)
+        for name, labels in told.items():
+            self.families.info(name, _INFO_HELP[name], labels)
+
+    def _make_cache_config(self) -> Callable[[EngineInfo], None]:
+        """What tells the layout, which another engine may have another of."""
+        names = ["block_size", "num_gpu_blocks", "kernel_backend", *self._cache_facts]
+        tell = self.families.changing_info("cache_config_info", _INFO_HELP["cache_config_info"], names)
+
+        def note(info: EngineInfo) -> None:
+            layout = {
+                "block_size": str(info.block_size),
+                "num_gpu_blocks": str(info.num_blocks),
+                "kernel_backend": info.backend,
+            }
+            tell(layout | self._cache_facts)
+
+        return note
 
     def render(self) -> tuple[bytes, str]:
         """The body and content type of /metrics."""
-        return generate_latest(self._registry), CONTENT_TYPE_LATEST
+        return render(self._registry)
 
     def on_submit(self, request: GenerateRequest | PoolRequest) -> None:
-        max_tokens = None if isinstance(request, PoolRequest) else request.sampling.max_tokens
-        self._live[request.request_id] = _Live(len(request.prompt_token_ids), max_tokens)
+        if isinstance(request, PoolRequest):
+            self._live[request.request_id] = _Live(len(request.prompt_token_ids), None, "")
+            return
+        name = request.group_id or request.request_id
+        group = self._groups.setdefault(name, _Group())
+        group.num_choices += 1
+        group.num_live += 1
+        self._live[request.request_id] = _Live(len(request.prompt_token_ids), request.sampling.max_tokens, name)
 
     def on_step(self, output: StepOutput) -> None:
         now = self._clock()
@@ -116,13 +152,19 @@ class MetricsRecorder:
     def _clear_gauges(self) -> None:
         self.num_running.set(0)
         self.num_waiting.set(0)
+        for gauge in self.num_waiting_by_reason.values():
+            gauge.set(0)
         self.kv_cache_usage.set(0)
 
     def _count_tokens(self, live: _Live, event: TokenEvent, now: float) -> None:
         num_tokens = len(event.token_ids)
         if live.last_token_time is None:
+            live.num_cached_tokens = event.num_cached_tokens
             self.prompt_tokens.inc(live.num_prompt_tokens)
             self.prompt_tokens_cached.inc(event.num_cached_tokens)
+            self.prompt_tokens_cached_by_source["device"].inc(event.num_cached_tokens)
+            self.prompt_tokens_by_source["local_cache_hit"].inc(event.num_cached_tokens)
+            self.prompt_tokens_by_source["local_compute"].inc(live.num_prompt_tokens - event.num_cached_tokens)
         else:
             interval = (now - live.last_token_time) / num_tokens
             for _ in range(num_tokens):
@@ -134,11 +176,15 @@ class MetricsRecorder:
     def _count_finished(self, live: _Live, reason: FinishReason, timings: RequestTimings | None) -> None:
         self.finished[reason].inc()
         self.request_prompt_tokens.observe(live.num_prompt_tokens)
+        if live.last_token_time is not None:
+            self.request_prefill_computed.observe(live.num_prompt_tokens - live.num_cached_tokens)
         if live.max_tokens is not None:
             self.request_generation_tokens.observe(live.num_tokens)
             self.request_max_tokens.observe(live.max_tokens)
+            self._count_group(live)
         if timings is None:
             return
+        self.request_preemptions.observe(timings.num_preemptions)
         self.e2e_latency.observe(timings.finished - timings.arrival)
         if timings.first_scheduled is None:
             self.queue_time.observe(timings.finished - timings.arrival)
@@ -154,9 +200,20 @@ class MetricsRecorder:
         if live.num_tokens > 1:
             self.time_per_output_token.observe(decode_seconds / (live.num_tokens - 1))
 
+    def _count_group(self, live: _Live) -> None:
+        group = self._groups[live.group]
+        group.num_live -= 1
+        group.most_tokens = max(group.most_tokens, live.num_tokens)
+        if not group.num_live:
+            del self._groups[live.group]
+            self.request_num_choices.observe(group.num_choices)
+            self.request_most_generated.observe(group.most_tokens)
+
     def _count_step(self, stats: StepStats) -> None:
         self.num_running.set(stats.num_running)
         self.num_waiting.set(stats.num_waiting)
+        self.num_waiting_by_reason["capacity"].set(stats.num_waiting)
+        self.num_waiting_by_reason["deferred"].set(max(0, len(self._live) - stats.num_running - stats.num_waiting))
         self.kv_cache_usage.set(stats.num_used_blocks / stats.num_blocks if stats.num_blocks else 0.0)
         self.prefix_cache_queries.inc(stats.num_prefix_queries)
         self.prefix_cache_hits.inc(stats.num_prefix_hits)
@@ -165,76 +222,89 @@ class MetricsRecorder:
         if num_tokens:
             self.iteration_tokens.observe(num_tokens)
 
-    def _gauge(self, name: str, help_text: str) -> Gauge:
-        return Gauge(PREFIX + name, help_text, ["model_name"], registry=self._registry).labels(self._model_name)
-
-    def _counter(self, name: str, help_text: str) -> Counter:
-        return Counter(PREFIX + name, help_text, ["model_name"], registry=self._registry).labels(self._model_name)
-
-    def _histogram(self, name: str, help_text: str, buckets: Iterable[float]) -> Histogram:
-        family = Histogram(
-            PREFIX + name, help_text, ["model_name"], registry=self._registry, buckets=[float(edge) for edge in buckets]
+    def _make_engine_metrics(self) -> None:
+        make = self.families
+        self.num_running = make.gauge("num_requests_running", "Requests in the running batch.")
+        self.num_waiting = make.gauge("num_requests_waiting", "Requests that wait to be scheduled.")
+        self.num_waiting_by_reason = make.gauges(
+            "num_requests_waiting_by_reason",
+            "Requests that wait: for room in the batch, or deferred (on their way, or until their grammar is read).",
+            "reason",
+            ("capacity", "deferred"),
         )
-        return family.labels(self._model_name)
-
-    def _make_engine_metrics(self, info: EngineInfo) -> None:
-        self.num_running = self._gauge("num_requests_running", "Requests in the running batch.")
-        self.num_waiting = self._gauge("num_requests_waiting", "Requests that wait to be scheduled.")
-        self.kv_cache_usage = self._gauge("kv_cache_usage_perc", "Share of KV cache blocks in use, 0 to 1.")
-        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens processed, cached ones included.")
-        self.prompt_tokens_cached = self._counter("prompt_tokens_cached", "Prompt tokens found in the prefix cache.")
-        self.generation_tokens = self._counter("generation_tokens", "Tokens generated.")
-        self.prefix_cache_queries = self._counter("prefix_cache_queries", "Tokens looked up in the prefix cache.")
-        self.prefix_cache_hits = self._counter("prefix_cache_hits", "Tokens that the prefix cache held.")
-        self.num_preemptions = self._counter("num_preemptions", "Times a running request had to make room.")
-        self.iteration_tokens = self._histogram("iteration_tokens_total", "Tokens per engine step.", _STEP_TOKENS)
-        self.engine_restarts = self._counter("engine_restarts", "Engines started in place of one that crashed or hung.")
-        self._cache_config = Gauge(
-            PREFIX + "cache_config_info",
-            "The KV cache's layout; always 1.",
-            ["model_name", "block_size", "num_blocks", "kernel_backend"],
-            registry=self._registry,
+        self.kv_cache_usage = make.gauge("kv_cache_usage_perc", "Share of KV cache blocks in use, 0 to 1.")
+        self.prompt_tokens = make.counter("prompt_tokens", "Prompt tokens processed, cached ones included.")
+        self.prompt_tokens_by_source = make.counters(
+            "prompt_tokens_by_source",
+            "Prompt tokens by where their keys and values came from.",
+            "source",
+            ("local_compute", "local_cache_hit"),
         )
-        self._note_cache_config(info)
-
-    def _note_cache_config(self, info: EngineInfo) -> None:
-        self._cache_config.clear()
-        self._cache_config.labels(self._model_name, str(info.block_size), str(info.num_blocks), info.backend).set(1)
+        self.prompt_tokens_cached = make.counter("prompt_tokens_cached", "Prompt tokens found in the prefix cache.")
+        self.prompt_tokens_cached_by_source = make.counters(
+            "prompt_tokens_cached_by_source", "The same by where the cache was.", "source", ("device",)
+        )
+        self.generation_tokens = make.counter("generation_tokens", "Tokens generated.")
+        self.prefix_cache_queries = make.counter("prefix_cache_queries", "Tokens looked up in the prefix cache.")
+        self.prefix_cache_hits = make.counter("prefix_cache_hits", "Tokens that the prefix cache held.")
+        self.num_preemptions = make.counter("num_preemptions", "Times a running request had to make room.")
+        self.engine_restarts = make.counter("engine_restarts", "Engines started in place of one that crashed or hung.")
+        # vLLM's name ends as only a counter's should; under a prefix of one's own it need not.
+        name = "iteration_tokens_total" if make.follows_vllm else "iteration_tokens"
+        self.iteration_tokens = make.histogram(name, "Tokens per engine step.", STEP_TOKENS)
 
     def _make_request_metrics(self, info: EngineInfo) -> None:
-        family = Counter(
-            PREFIX + "request_success",
+        make = self.families
+        reasons = make.counters(
+            "request_success",
             "Finished requests by reason.",
-            ["model_name", "finished_reason"],
-            registry=self._registry,
+            "finished_reason",
+            [reason.value for reason in FinishReason],
         )
-        self.finished = {reason: family.labels(self._model_name, reason.value) for reason in FinishReason}
-        self.non_finite_logits = self._counter(
+        self.finished = {reason: reasons[reason.value] for reason in FinishReason}
+        self.non_finite_logits = make.counter(
             "non_finite_logits", "Requests ended because the model's numbers were no numbers."
         )
-        self.retried = self._counter("retried_requests", "Requests computed again after the engine crashed.")
-        self.refused_fingerprints = self._counter(
+        self.retried = make.counter("retried_requests", "Requests computed again after the engine crashed.")
+        self.refused_fingerprints = make.counter(
             "refused_fingerprints", "Requests refused since they were running in several crashes."
         )
         tokens = token_buckets(info.max_model_len)
-        self.request_prompt_tokens = self._histogram("request_prompt_tokens", "Prompt tokens per request.", tokens)
-        self.request_generation_tokens = self._histogram(
+        self.request_prompt_tokens = make.histogram("request_prompt_tokens", "Prompt tokens per request.", tokens)
+        self.request_prefill_computed = make.histogram(
+            "request_prefill_kv_computed_tokens", "Prompt tokens per request that no cache held.", tokens
+        )
+        self.request_generation_tokens = make.histogram(
             "request_generation_tokens", "Generated tokens per request.", tokens
         )
-        self.request_max_tokens = self._histogram("request_params_max_tokens", "max_tokens of requests.", tokens)
-        self.time_to_first_token = self._histogram(
-            "time_to_first_token_seconds", "Arrival to first token.", _FIRST_TOKEN_SECONDS
+        self.request_most_generated = make.histogram(
+            "request_max_num_generation_tokens", "Generated tokens of a prompt's longest choice.", tokens
         )
-        self.inter_token_latency = self._histogram(
-            "inter_token_latency_seconds", "Time between tokens of a request.", _TOKEN_SECONDS
+        self.request_max_tokens = make.histogram("request_params_max_tokens", "max_tokens of requests.", tokens)
+        self.request_num_choices = make.histogram("request_params_n", "Choices per prompt.", NUM_CHOICES)
+        self.request_preemptions = make.histogram(
+            "request_num_preemptions", "Times that a request had to make room.", NUM_PREEMPTIONS
         )
-        self.time_per_output_token = self._histogram(
-            "request_time_per_output_token_seconds", "Mean time per token after the first.", _TOKEN_SECONDS
+        self.time_to_first_token = make.histogram(
+            "time_to_first_token_seconds", "Arrival to first token.", FIRST_TOKEN_SECONDS
         )
-        self.e2e_latency = self._histogram("e2e_request_latency_seconds", "Arrival to end.", _REQUEST_SECONDS)
-        self.queue_time = self._histogram("request_queue_time_seconds", "Arrival to first step.", _REQUEST_SECONDS)
-        self.prefill_time = self._histogram(
-            "request_prefill_time_seconds", "First step to first token.", _REQUEST_SECONDS
+        self.inter_token_latency = make.histogram(
+            "inter_token_latency_seconds", "Time between tokens of a request.", TOKEN_SECONDS
         )
-        self.decode_time = self._histogram("request_decode_time_seconds", "First token to end.", _REQUEST_SECONDS)
-        self.inference_time = self._histogram("request_inference_time_seconds", "First step to end.", _REQUEST_SECONDS)
+        self.time_per_output_token = make.histogram(
+            "request_time_per_output_token_seconds", "Mean time per token after the first.", TOKEN_SECONDS
+        )
+        self.e2e_latency = make.histogram("e2e_request_latency_seconds", "Arrival to end.", REQUEST_SECONDS)
+        self.queue_time = make.histogram("request_queue_time_seconds", "Arrival to first step.", REQUEST_SECONDS)
+        self.prefill_time = make.histogram(
+            "request_prefill_time_seconds", "First step to first token.", REQUEST_SECONDS
+        )
+        self.decode_time = make.histogram("request_decode_time_seconds", "First token to end.", REQUEST_SECONDS)
+        self.inference_time = make.histogram("request_inference_time_seconds", "First step to end.", REQUEST_SECONDS)
+
+
+_INFO_HELP = {
+    "cache_config_info": "The KV cache's layout; always 1.",
+    "build_info": "What runs here; always 1.",
+    "model_info": "What is served; always 1.",
+}

@@ -8,11 +8,19 @@ from __future__ import annotations
 import argparse
 import difflib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
 from server.config import TOOL_CALL_PARSERS, EngineConfig, ServerConfig
+from server.edge_options import EDGE_GROUPS
+from server.option_types import Option, OptionError
+from server.option_types import choice as _choice
+from server.option_types import flag as _flag
+from server.option_types import integer as _integer
+from server.option_types import number as _number
+from server.option_types import size as _size
+from server.option_types import text_value as _text
 
 ENVIRONMENT_PREFIX = "AWQSERVE_"
 
@@ -34,117 +42,11 @@ examples:
 """
 
 
-class OptionError(ValueError):
-    """A wrong option; the message names it, its value and what was expected."""
-
-
-def _integer(low: int, high: int = 2**63 - 1) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise OptionError(f"{text!r} is not a whole number") from None
-        if not low <= value <= high:
-            raise OptionError(f"{value} is not in {low}..{high}" if high < 2**63 - 1 else f"{value} is less than {low}")
-        return value
-
-    return parse
-
-
-_SIZE_SUFFIXES = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
-
-
-def _size(text: str) -> int:
-    """A positive whole number; k, m, g stand for powers of 1000 and K, M, G of 1024, as in vLLM ("8k", "1.5G")."""
-    factor = _SIZE_SUFFIXES.get(text[-1:], 1)
-    number = text if factor == 1 else text[:-1]
-    try:
-        value = int(number) if factor == 1 else int(float(number) * factor)
-    except (ValueError, OverflowError):
-        raise OptionError(f"{text!r} is not a size (a whole number, or one with k, m, g, K, M or G)") from None
-    if value < 1:
-        raise OptionError(f"{value} is less than 1")
-    return value
-
-
-def _number(low: float, high: float) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            raise OptionError(f"{text!r} is not a number") from None
-        if not low <= value <= high:
-            raise OptionError(f"{text} is not in {low:g}..{high:g}")
-        return value
-
-    return parse
-
-
-def _choice(*choices: str) -> Callable[[str], str]:
-    def parse(text: str) -> str:
-        if text not in choices:
-            raise OptionError(f"{text!r} is not one of {', '.join(choices)}")
-        return text
-
-    return parse
-
-
-def _text(text: str) -> str:
-    if not text:
-        raise OptionError("is empty")
-    return text
-
-
-def _flag(text: str) -> bool:
-    values = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
-    if text.lower() not in values:
-        raise OptionError(f"{text!r} is neither true nor false")
-    return values[text.lower()]
-
-
-@dataclass(frozen=True, slots=True)
-class Option:
-    """One option. `field` is of EngineConfig or ServerConfig, which hold the defaults; `parse` takes the text of its value."""
-
-    name: str  # as the flag has it, without the dashes
-    field: str
-    parse: Callable[[str], Any]
-    help: str
-    metavar: str = ""
-    is_list: bool = False
-    aliases: tuple[str, ...] = ()
-
-    @property
-    def is_flag(self) -> bool:
-        return self.parse is _flag
-
-    @property
-    def default(self) -> Any:
-        defaults = {item.name: item.default for config in (EngineConfig, ServerConfig) for item in fields(config)}
-        return defaults[self.field]
-
-    def from_text(self, text: str) -> Any:
-        if self.is_list:
-            return tuple(_text(part.strip()) for part in text.split(","))
-        return self.parse(text)
-
-    def from_yaml(self, value: Any) -> Any:
-        """YAML's own types where they say the same as the text would."""
-        if self.is_list and isinstance(value, list):
-            return tuple(_text(str(part)) for part in value)
-        if isinstance(value, bool) != self.is_flag or not isinstance(value, str | int | float):
-            raise OptionError(
-                f"{value!r} is a {type(value).__name__}; expected {'true or false' if self.is_flag else 'a value'}"
-            )
-        return self.from_text(str(value))
-
-
 _BACKENDS = ("auto", "reference", "cpu", "gpu")
 _DEVICES = ("auto", "cpu", "cuda")
 _DTYPES = ("auto", "float16", "bfloat16")
 _KV_DTYPES = ("auto", "fp16", "int8")
 _HEAD_DTYPES = ("auto", "int8", "int4", "fp16")
-_LOG_LEVELS = ("debug", "info", "warning", "error")
 
 MODEL = Option("model", "model", _text, "checkpoint folder or Hugging Face id", "MODEL")
 GROUPS: dict[str, tuple[Option, ...]] = {
@@ -170,11 +72,8 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         ),
         Option("generation-config", "generation_config", _text, "where sampling defaults come from: auto (the model's "
                "generation_config.json), none, or a folder that holds one", "auto|none|FOLDER"),
-        Option("max-request-bytes", "max_request_bytes", _size, "largest request body", "BYTES"),
         Option("drain-timeout", "drain_timeout", _number(0, 86400), "seconds that running requests get to finish when "
                "the server is told to stop", "SECONDS"),
-        Option("log-level", "log_level", _choice(*_LOG_LEVELS), "least level logged", "|".join(_LOG_LEVELS)),
-        Option("access-log", "access_log", _flag, "log every HTTP request"),
     ),
     "model": (
         Option("revision", "revision", _text, "branch, tag or commit of a Hugging Face id", "NAME"),
@@ -214,6 +113,7 @@ GROUPS: dict[str, tuple[Option, ...]] = {
                "one level of priority", "SECONDS"),
         Option("seed", "seed", _integer(0), "makes requests without a seed repeatable", "N"),
     ),
+    **EDGE_GROUPS,
 }  # fmt: skip
 OPTIONS = (MODEL, *(option for group in GROUPS.values() for option in group))
 _BY_NAME = {name: option for option in OPTIONS for name in (option.name, *option.aliases)}
@@ -246,8 +146,10 @@ def _add_argument(group: argparse._ArgumentGroup, option: Option) -> None:
     flags = [f"--{name}" for name in (option.name, *option.aliases)]
     if option.is_flag:
         group.add_argument(*flags, dest=option.field, help=shown, action=argparse.BooleanOptionalAction)
+    elif option.is_list and option.one_each:
+        group.add_argument(*flags, dest=option.field, help=shown, metavar=option.metavar, action="append")
     elif option.is_list:
-        group.add_argument(*flags, dest=option.field, help=shown, metavar=option.metavar, nargs="+")
+        group.add_argument(*flags, dest=option.field, help=shown, metavar=option.metavar, nargs="+", action="extend")
     else:
         group.add_argument(*flags, dest=option.field, help=shown, metavar=option.metavar)
 

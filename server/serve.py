@@ -3,50 +3,34 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import importlib.metadata
 import logging
 import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import uvicorn
-from fastapi import FastAPI
-from prometheus_client import CollectorRegistry, ProcessCollector
-
-from server.api.app import create_app
 from server.api.chat_template import ChatTemplate, load_chat_template
 from server.api.context import ApiContext, ContextSource, SamplingDefaults
 from server.api.tools import TOOL_FORMATS, ToolFormat, detect_format
 from server.config import EngineConfig, ServerConfig
 from server.engine.client import EngineClient, EngineUnavailable, Launcher
+from server.front import Front, FrontError
 from server.grammar import THINK_END, GrammarService
-from server.metrics import MetricsRecorder
+from server.keys import ApiKey
+from server.model_config import ModelConfig
 from server.model_files import ensure_tokenizer_file, load_sampling_defaults
 from server.text import Tokenizer
 from server.types import EngineInfo
 
 logger = logging.getLogger("server")
 
-# Seconds that connections get to take their last bytes once all requests have ended.
-_CLOSE_TIMEOUT = 2
-
 
 class ServeError(Exception):
     """The server cannot start or listen; one line says why."""
-
-
-class _HttpServer(uvicorn.Server):
-    """Leaves signals to `_Signals`: uvicorn's own handling would cut running requests, and end the process by the signal."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 class _Signals:
@@ -84,27 +68,30 @@ def _has_terminal() -> bool:
 @dataclass(frozen=True, slots=True)
 class Startup:
     """What `serve` is given. `open_model` finds and checks the model anew, for a reload: the configuration of its engine, and its
-    vocabulary's size; ValueError for one that is not fit. `launcher` starts engines of a configuration."""
+    own; ValueError for one that is not fit. `launcher` starts engines of a configuration."""
 
-    open_model: Callable[[], tuple[EngineConfig, int]]
+    open_model: Callable[[], tuple[EngineConfig, ModelConfig]]
     launcher: Callable[[EngineConfig], Launcher]
+    listener: socket.socket
+    metrics_listener: socket.socket | None
+    keys: tuple[ApiKey, ...]
 
 
-def serve(
-    config: ServerConfig, client: EngineClient, listener: socket.socket, vocab_size: int, startup: Startup
-) -> None:
+def serve(config: ServerConfig, client: EngineClient, model: ModelConfig, startup: Startup) -> None:
     """Serve until told to stop. `client` has been launched; whatever happens, its engine has ended on return.
 
     Raises ServeError when the server cannot start, and when its engine is down for good.
     """
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(_serve(config, client, listener, vocab_size, startup))
+        runner.run(_serve(config, client, model, startup))
 
 
-async def _serve(
-    config: ServerConfig, client: EngineClient, listener: socket.socket, vocab_size: int, startup: Startup
-) -> None:
-    await _Service(config, client, startup).run(listener, vocab_size)
+async def _serve(config: ServerConfig, client: EngineClient, model: ModelConfig, startup: Startup) -> None:
+    try:
+        service = _Service(config, client, startup)
+    except FrontError as error:
+        raise ServeError(str(error)) from error
+    await service.run(model)
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
@@ -123,50 +110,55 @@ class _Service:
         self._config = config
         self._client = client
         self._startup = startup
-        self._source = ContextSource(client, _version())
+        self._front = Front(config, startup.keys)
+        self._source = ContextSource(client, self._front.version)
         self._signals = _Signals()
         self._files: _Files | None = None
-        self._recorder: MetricsRecorder | None = None
+        self._is_observed = False
         self._reloading: asyncio.Task[None] | None = None
 
-    async def run(self, listener: socket.socket, vocab_size: int) -> None:
+    async def run(self, model: ModelConfig) -> None:
         begin = time.monotonic()
         starting = asyncio.ensure_future(self._client.start())
-        server = _HttpServer(_http_config(self._config, create_app(self._source)))
-        serving = asyncio.ensure_future(server.serve(sockets=[listener]))
+        startup = self._startup
         try:
+            serving = await self._front.start(self._source, startup.listener, startup.metrics_listener)
             self._files = await asyncio.to_thread(_read_files, self._config, self._config.engine.model)
             await _first(starting, serving, self._signals.stop)
             if starting.done():
                 info = starting.result()
-                self._source.replace(self._context(info, vocab_size, self._files))
+                self._source.replace(self._context(info, model, self._files))
                 logger.info("started in %.1f s", time.monotonic() - begin)
-                print(_ready_line(self._config, listener, info), flush=True)
+                self._say(_ready_line(self._config, startup.listener, info))
                 await self._until_stopped(serving)
             if serving.done():
                 raise ServeError(f"the HTTP server ended: {serving.exception()}")
             await self._end_requests()
-            server.should_exit = True
-            await serving
+            await self._front.stop()
             if self._client.died.is_set():
                 raise ServeError(f"the engine is down: {self._client.failure}")
-        except EngineUnavailable as error:
+        except (EngineUnavailable, FrontError) as error:
             raise ServeError(str(error)) from error
         except ValueError as error:  # a tokenizer, template or generation config that cannot be used
             raise ServeError(str(error)) from error
         finally:
-            await self._end(starting, serving, server)
+            await self._end(starting)
 
-    async def _end(
-        self, starting: asyncio.Future[EngineInfo], serving: asyncio.Future[None], server: _HttpServer
-    ) -> None:
+    async def _end(self, starting: asyncio.Future[EngineInfo]) -> None:
         starting.cancel()
         await self._end_reload()
         await self._client.stop()
-        server.should_exit = True
-        await asyncio.gather(starting, serving, return_exceptions=True)
+        await self._front.stop()
+        await asyncio.gather(starting, return_exceptions=True)
+        self._front.close()
         if self._files is not None:
             self._files.grammars.close()
+
+    def _say(self, text: str) -> None:
+        if self._config.log_format == "json":
+            logger.info("%s", text)
+        else:
+            print(text, flush=True)
 
     async def _until_stopped(self, serving: asyncio.Future[None]) -> None:
         """Reloads when asked to. Returns on a signal to stop, or when the engine is down for good."""
@@ -183,7 +175,7 @@ class _Service:
         """The model's files are read again. Where they are not fit, the model that is served stays."""
         begin = time.monotonic()
         try:
-            engine_config, vocab_size = await asyncio.to_thread(self._startup.open_model)
+            engine_config, model = await asyncio.to_thread(self._startup.open_model)
             files = await asyncio.to_thread(_read_files, self._config, engine_config.model)
         except ValueError as error:
             logger.error("not reloaded, the model that is served stays: %s", error)
@@ -196,7 +188,7 @@ class _Service:
             await self._source.close(self._config.drain_timeout)
             launch = self._startup.launcher(engine_config)
             info = await self._client.reload(launch, max(0.0, deadline - time.monotonic()))
-            self._source.replace(self._context(info, vocab_size, files))
+            self._source.replace(self._context(info, model, files))
             self._files, kept = files, former
             logger.info("reloaded in %.1f s", time.monotonic() - begin)
         except EngineUnavailable as error:
@@ -230,18 +222,18 @@ class _Service:
                 logger.warning("stopping: %d requests are cut short", self._client.num_unfinished)
         await self._client.stop()
 
-    def _context(self, info: EngineInfo, vocab_size: int, files: _Files) -> ApiContext:
-        config = self._config
-        if self._recorder is None:
-            registry = CollectorRegistry()
-            ProcessCollector(registry=registry)
-            self._client.observer = self._recorder = MetricsRecorder(registry, config.served_model_names[0], info)
+    def _context(self, info: EngineInfo, model: ModelConfig, files: _Files) -> ApiContext:
+        config, front = self._config, self._front
+        if not self._is_observed:
+            self._client.observer = front.observe(info, model)
+            self._is_observed = True
+        files.grammars.observer = front.edge_metrics
         return ApiContext(
             engine=self._client,
             tokenizer=files.tokenizer,
             model_names=config.served_model_names,
-            vocab_size=vocab_size,
-            render_metrics=self._recorder.render,
+            vocab_size=model.vocab_size,
+            render_metrics=front.render_metrics,
             created=int(time.time()),
             max_request_bytes=config.max_request_bytes,
             version=self._source.version,
@@ -251,27 +243,9 @@ class _Service:
             tool_format=_tool_format(config, files.chat_template),
             has_priorities=config.engine.scheduling_policy == "priority",
             parses_reasoning=_parses_reasoning(config, files.chat_template),
+            admission=front.admission,
+            num_logged_characters=config.max_log_len if config.log_requests else None,
         )
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("awq-serve")
-    except importlib.metadata.PackageNotFoundError:  # run from a source tree
-        return "unknown"
-
-
-def _http_config(config: ServerConfig, app: FastAPI) -> uvicorn.Config:
-    return uvicorn.Config(
-        app,
-        lifespan="off",
-        ws="none",
-        log_config=None,
-        log_level=config.log_level if config.access_log or config.log_level == "debug" else "warning",
-        access_log=config.access_log,
-        server_header=False,
-        timeout_graceful_shutdown=_CLOSE_TIMEOUT,
-    )
 
 
 async def _first(*awaited: asyncio.Future[Any] | asyncio.Event) -> None:
@@ -322,10 +296,12 @@ def _ready_line(config: ServerConfig, listener: socket.socket, info: EngineInfo)
     """Says where, and what to paste to try it."""
     port = listener.getsockname()[1]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(config.host, config.host)
-    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    scheme = "http" if config.ssl_certfile is None else "https"
+    url = f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+    key = ' -H "Authorization: Bearer $KEY"' if config.api_keys or config.api_key_file else ""
     return (
         f"awq-serve is ready: {config.served_model_names[0]} at {url} "
         f"({info.backend} kernels, {info.max_model_len} tokens of context). Try:\n"
-        f"curl {url}/v1/completions -H 'Content-Type: application/json' "
+        f"curl {url}/v1/completions{key} -H 'Content-Type: application/json' "
         """-d '{"prompt": "The capital of France is", "max_tokens": 32}'"""
     )

@@ -14,11 +14,16 @@ from pathlib import Path
 import tokenizers
 from tokenizers.decoders import DecodeStream
 
+from server.priority import step_back
+
 _REPLACEMENT = "\ufffd"  # what decoders show for bytes that are no character (yet)
 
 # Text up to this many characters is tokenized on the event loop: a few milliseconds at most. Longer text goes to a thread,
 # where the tokenizer runs without the interpreter lock.
 _INLINE_CHARACTERS = 8_192
+
+# Above this it takes long enough to be felt by whoever is being served: one at a time, when the processor is free.
+_LONG_CHARACTERS = 65_536
 
 # How many of a prompt's last tokens may serve as left context of the output's text.
 _MIN_CONTEXT = 4
@@ -43,6 +48,7 @@ class Tokenizer:
         tokenizer.no_padding()
         self._tokenizer = tokenizer
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenize")
+        self._long_pool = ThreadPoolExecutor(1, "tokenize-long", initializer=step_back)
 
     @classmethod
     def from_file(cls, path: Path) -> Tokenizer:
@@ -115,10 +121,11 @@ class Tokenizer:
 
     async def encode_all(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
         """Token ids of each text, without keeping the event loop from others for long."""
-        if sum(map(len, texts)) <= _INLINE_CHARACTERS:
+        length = sum(map(len, texts))
+        if length <= _INLINE_CHARACTERS:
             return [self.encode(text, add_special_tokens) for text in texts]
-        loop = asyncio.get_running_loop()
-        return [await loop.run_in_executor(self._pool, self.encode, text, add_special_tokens) for text in texts]
+        loop, pool = asyncio.get_running_loop(), self._pool if length <= _LONG_CHARACTERS else self._long_pool
+        return [await loop.run_in_executor(pool, self.encode, text, add_special_tokens) for text in texts]
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)

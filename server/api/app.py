@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -10,14 +12,19 @@ from fastapi import FastAPI, Request
 from fastapi.openapi.utils import get_openapi
 from msgspec import Struct
 from pydantic.json_schema import models_json_schema
+from starlette.applications import Starlette
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
+from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from server.api import chat, completions, embeddings, messages, ops, page, responses_api, tokenize
+from server.api.access import Access, ApiKey, KeyLimits
 from server.api.context import ApiContext, ContextSource
 from server.api.embeddings import EmbeddingsRequest
 from server.api.errors import HANDLERS
 from server.api.messages_schemas import CountTokensRequest, MessagesRequest
+from server.api.record import Recorder, current_record
 from server.api.request_id import RequestIds
 from server.api.responses import ChatChunk, ChatCompletion, Completion, Embeddings
 from server.api.responses_schemas import ResponsesRequest
@@ -55,28 +62,81 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 _Handler = Callable[[Request, ApiContext], Awaitable[Response]]
 _Probe = Callable[[ContextSource], Awaitable[Response]]
 
+_GENERATIONS: tuple[_Handler, ...] = (  # what takes a place in the engine's queue
+    completions.create_completion,
+    chat.create_chat_completion,
+    responses_api.create_response,
+    messages.create_message,
+    embeddings.create_embeddings,
+)
+
 _CLIENT_CLOSED_REQUEST = 499  # nginx's number; the client is not there to read it
 
 
+@dataclass(frozen=True, slots=True)
+class Cors:
+    """Whose pages may call from elsewhere, and how."""
+
+    origins: tuple[str, ...]
+    methods: tuple[str, ...] = ("GET", "POST")
+    headers: tuple[str, ...] = ()
+    credentials: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """What lies around the routes. `on_refused` is told the reason of each request that access turns away."""
+
+    keys: tuple[ApiKey, ...] = ()
+    key_limits: KeyLimits | None = None
+    cors: Cors | None = None
+    recorders: tuple[Recorder, ...] = ()
+    on_refused: Callable[[str], None] = lambda reason: None
+
+
 class _App(FastAPI):
+    gate: Gate
+
     def build_middleware_stack(self) -> ASGIApp:
-        return RequestIds(super().build_middleware_stack())
+        """From the outside: request ids and records, CORS (preflights bring no key), access; then all that FastAPI has."""
+        app: ASGIApp = super().build_middleware_stack()
+        app = Access(app, self.gate.keys, self.gate.key_limits, self.gate.on_refused)
+        cors = self.gate.cors
+        if cors is not None:
+            app = CORSMiddleware(
+                app,
+                allow_origins=cors.origins,
+                allow_methods=cors.methods,
+                allow_headers=cors.headers,
+                allow_credentials=cors.credentials,
+                expose_headers=("X-Request-Id", "Retry-After"),
+            )
+        return RequestIds(app, self.gate.recorders)
 
 
-def create_app(served: ApiContext | ContextSource) -> FastAPI:
+def create_app(served: ApiContext | ContextSource, gate: Gate | None = None) -> FastAPI:
     """Over one model for good, or over whichever the source has at the moment."""
     source = served if isinstance(served, ContextSource) else ContextSource(served.engine, served.version, served)
     # No /docs pages: they load their scripts from outside.
     app = _App(title="awq-serve", version=source.version, docs_url=None, redoc_url=None, exception_handlers=HANDLERS)
+    app.gate = gate or Gate()
     app.state.source = source
+    app.state.large_bodies = asyncio.Lock()  # held by the one that is being parsed
 
     def route(
         method: str, path: str, handler: _Handler, schema: type[Schema] | None = None, *answers: type[Struct]
     ) -> None:
+        is_generation = handler in _GENERATIONS
+
         async def endpoint(request: Request) -> Response:
+            record = current_record()
+            if record is not None:
+                record.route = path
             try:
                 if method != "POST":
                     return await handler(request, source.current())
+                if is_generation:
+                    source.current().admission.refuse_if_full()
                 async with source.entered() as context:
                     return await handler(request, context)
             except ClientGone:
@@ -114,6 +174,23 @@ def create_app(served: ApiContext | ContextSource) -> FastAPI:
     route("GET", "/static/{name}", page.static_file)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
+
+
+def create_metrics_app(source: ContextSource, render: Callable[[], tuple[bytes, str]]) -> ASGIApp:
+    """Metrics and probes alone, for a listener of their own: without keys."""
+
+    def route(path: str, probe: _Probe) -> Route:
+        async def endpoint(_: Request) -> Response:
+            return await probe(source)
+
+        return Route(path, endpoint, methods=["GET"])
+
+    async def metrics(_: Request) -> Response:
+        body, content_type = render()
+        return Response(body, media_type=content_type)
+
+    probes = [route("/live", ops.live), route("/health", ops.health), route("/ready", ops.health)]
+    return Starlette(routes=[Route("/metrics", metrics, methods=["GET"]), *probes], exception_handlers=HANDLERS)
 
 
 def _probe(handler: _Probe, source: ContextSource) -> Callable[[], Awaitable[Response]]:

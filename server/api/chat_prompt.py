@@ -83,7 +83,7 @@ def _message(message: Message, index: int) -> dict[str, Any]:
 def _arguments(text: str, index: int) -> dict[str, Any]:
     try:
         arguments = json.loads(text or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         arguments = None
     if not isinstance(arguments, dict):
         field = f"messages.{index}.tool_calls"

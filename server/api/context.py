@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from server.api.admission import Admission
 from server.api.chat_template import ChatTemplate
 from server.api.errors import RequestError
 from server.api.tools import ToolFormat
@@ -45,6 +46,8 @@ class ApiContext:
     tool_format: ToolFormat | None = None  # how the model writes tool calls
     has_priorities: bool = False  # whether the engine orders requests by them
     parses_reasoning: bool = False  # whether the model may begin with reasoning in <think> tags
+    admission: Admission = field(default_factory=Admission)  # observes `engine`
+    num_logged_characters: int | None = None  # of prompts that are logged; None: neither they nor parameters are
 
     @property
     def max_model_len(self) -> int:

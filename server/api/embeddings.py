@@ -17,7 +17,15 @@ from server.api.body import read_body
 from server.api.context import ApiContext
 from server.api.errors import RequestError
 from server.api.generation import failure
-from server.api.prompts import refuse_longer_text, refuse_priority, refuse_unknown_ids, room_after, split_prompt
+from server.api.prompts import (
+    log_prompts,
+    refuse_longer_text,
+    refuse_priority,
+    refuse_unknown_ids,
+    room_after,
+    split_prompt,
+)
+from server.api.record import Generated, note_generated
 from server.api.responses import Embedding, Embeddings, EmbeddingsUsage, PromptTokensDetails, json_response
 from server.api.schemas import OnlyNull, Prompt, Schema
 from server.api.sse import unless_disconnected
@@ -84,6 +92,11 @@ async def create_embeddings(request: Request, context: ApiContext) -> Response:
 async def _embed(job: EmbeddingsJob, context: ApiContext) -> Embeddings:
     """Submits all prompts, and waits for all; whatever is left when one fails or the client leaves is aborted."""
     name, arrival = f"embd-{uuid.uuid4().hex}", time.monotonic()
+    num_tokens = sum(map(len, job.prompts))
+    note_generated(lambda: Generated("embeddings", name, job.model, num_prompt_tokens=num_tokens))
+    context.admission.check(len(job.prompts), num_tokens)
+    if context.num_logged_characters is not None:
+        log_prompts(context.tokenizer, name, job.prompts, context.num_logged_characters, job.pooling)
     mailbox = Mailbox()
     answers: dict[int, Embedding] = {}
     num_cached_tokens = 0
@@ -105,7 +118,6 @@ async def _embed(job: EmbeddingsJob, context: ApiContext) -> Embeddings:
     finally:
         for request_id in waiting:
             context.engine.abort(request_id, AbortReason.CLIENT)
-    num_tokens = sum(map(len, job.prompts))
     usage = EmbeddingsUsage(num_tokens, num_tokens, PromptTokensDetails(num_cached_tokens))
     return Embeddings(data=[answers[index] for index in range(len(job.prompts))], model=job.model, usage=usage)
 

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 
 from server.api.context import ApiContext
 from server.api.errors import RequestError
 from server.api.parse import GenerationJob, PromptJob
+from server.api.prompts import log_prompts
+from server.api.record import Generated, note_generated
 from server.api.responses import PromptTokensDetails, RequestMetrics, Usage
 from server.engine.client import EngineClient, Mailbox
 from server.text import Detokenizer, StopStrings, Tokenizer
 from server.types import AbortReason, FinishReason, GenerateRequest, RequestTimings, TokenEvent, TokenLogprob
+
+# Tokens of a stream, alternatives (logprobs) included, that may wait for its reader: of all choices, or of each.
+_MOST_UNREAD = 100_000
+_MOST_UNREAD_STEPS = 500
+
+
+def _most_unread(job: GenerationJob) -> int:
+    num_choices = len(job.prompts) * job.num_choices
+    return max(_MOST_UNREAD, _MOST_UNREAD_STEPS * num_choices * (1 + (job.sampling.num_logprobs or 0)))
 
 
 @dataclass(slots=True)
@@ -91,6 +102,39 @@ class Choice:
         return Delta(self, text, token_ids, logprobs)
 
 
+class _BoundedMailbox(Mailbox):
+    """Of a stream, whose client may read slower than the engine writes: what waits for it is bounded.
+
+    Past the bound everything ends with an error, and `on_full` is called.
+    """
+
+    def __init__(self, most: int, on_full: Callable[[], None]) -> None:
+        super().__init__()
+        self._most = most
+        self._on_full = on_full
+        self._waiting = 0  # tokens, and alternatives to them
+        self._is_full = False
+
+    def put(self, event: TokenEvent) -> None:
+        if self._is_full:
+            return
+        self._waiting += len(event.token_ids) + sum(len(entry.top_token_ids) for entry in event.logprobs or ())
+        self._is_full = self._waiting > self._most
+        if not self._is_full:
+            super().put(event)
+            return
+        message = f"the client is more than {self._most} tokens behind"
+        super().put(
+            TokenEvent(event.request_id, [], finish_reason=FinishReason.ERROR, error=message, is_request_fault=True)
+        )
+        self._on_full()
+
+    async def get(self) -> list[TokenEvent]:
+        events = await super().get()
+        self._waiting = 0
+        return events
+
+
 class Generation:
     """All choices of one HTTP request. Choice `prompt_index * n + i` is the i-th of its prompt.
 
@@ -104,7 +148,9 @@ class Generation:
         self.created = int(time.time())
         self._engine: EngineClient = context.engine
         self.tokenizer = context.tokenizer
-        self._mailbox = Mailbox()
+        self._admission = context.admission
+        self._num_logged_characters = context.num_logged_characters
+        self._mailbox = _BoundedMailbox(_most_unread(job), self._abort_all) if job.stream else Mailbox()
         self.choices = [
             Choice(
                 prompt_index * job.num_choices + choice_index,
@@ -122,7 +168,20 @@ class Generation:
         }
 
     def start(self) -> None:
-        """Raises EngineUnavailable when the engine takes no requests, RequestRefused for one that it is not to get again."""
+        """Raises RequestError when the engine has too many, EngineUnavailable when it takes none, RequestRefused for one that it is
+        not to get again."""
+        note_generated(self.generated)
+        self._admission.check(
+            len(self._unfinished), sum(len(choice.prompt.token_ids) for choice in self._unfinished.values())
+        )
+        if self._num_logged_characters is not None:
+            log_prompts(
+                self.tokenizer,
+                self.id,
+                [prompt.token_ids for prompt in self.job.prompts],
+                self._num_logged_characters,
+                self.job.sampling,
+            )
         try:
             self._submit_all()
         except Exception:
@@ -177,9 +236,34 @@ class Generation:
 
     def close(self) -> None:
         """Abort whatever still runs: the client has gone, or another choice failed."""
+        self._abort_all()
+        self._unfinished = {}
+
+    def _abort_all(self) -> None:
         for request_id in self._unfinished:
             self._engine.abort(request_id, AbortReason.CLIENT)
-        self._unfinished = {}
+
+    def generated(self) -> Generated:
+        """For the record of the HTTP request."""
+        usage, sampling = self.usage(), self.job.sampling
+        operation = "text_completion" if self.id.startswith("cmpl") else "chat"
+        parameters: dict[str, float | int | str] = {
+            "max_tokens": sampling.max_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "choice.count": self.job.num_choices,
+        }
+        reasons = (choice.finish_reason for choice in self.choices)
+        return Generated(
+            operation,
+            self.id,
+            self.job.model,
+            parameters,
+            usage.prompt_tokens,
+            usage.completion_tokens,
+            tuple("abort" if reason is None else reason.value for reason in reasons),
+            tuple(choice.timings for choice in self.choices if choice.timings is not None),
+        )
 
     def usage(self) -> Usage:
         """Prompt tokens count once per prompt, delivered tokens once per choice."""

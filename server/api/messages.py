@@ -16,17 +16,16 @@ from server.api.body import read_body
 from server.api.chat_options import tool_choice
 from server.api.chat_prompt import render_prompt
 from server.api.context import ApiContext
-from server.api.errors import RequestError, from_validation_error, unavailable
+from server.api.errors import RequestError, from_validation_error, messages_error_body, unavailable
 from server.api.generation import Generation
 from server.api.messages_schemas import CountTokensRequest, MessagesRequest, chat_fields
 from server.api.parse import parse_chat
+from server.api.prompts import refuse_huge_text
 from server.api.responses import json_response, sse_event
 from server.api.schemas import ChatRequest
 from server.api.sse import EventStream, unless_disconnected
 from server.engine.client import EngineUnavailable
 from server.types import FinishReason
-
-_ERROR_TYPES = {404: "not_found_error", 413: "request_too_large", 500: "api_error", 503: "overloaded_error"}
 
 
 async def create_message(request: Request, context: ApiContext) -> Response:
@@ -57,6 +56,7 @@ async def count_tokens(request: Request, context: ApiContext) -> Response:
         chat = _chat_request(body)
         context.model_name(chat.model)
         text = render_prompt(chat, context, tool_choice(chat, context).offered)
+        refuse_huge_text(text, "messages")
         [token_ids] = await context.tokenizer.encode_all([text], add_special_tokens=False)
     except RequestError as error:
         return _error_response(error)
@@ -70,13 +70,8 @@ def _chat_request(body: CountTokensRequest) -> ChatRequest:
         raise from_validation_error(error) from None
 
 
-def _error_body(error: RequestError) -> dict[str, Any]:
-    kind = _ERROR_TYPES.get(error.status, "invalid_request_error")
-    return {"type": "error", "error": {"type": kind, "message": error.message}}
-
-
 def _error_response(error: RequestError) -> Response:
-    response = json_response(_error_body(error), error.status)
+    response = json_response(messages_error_body(error), error.status)
     response.headers.update(error.headers or {})
     return response
 
@@ -110,7 +105,7 @@ async def _events(generation: Generation) -> AsyncIterator[bytes]:
         ending = {"delta": _ending(generation, reader), "usage": _usage(generation)}
         yield _event("message_delta", ending) + _event("message_stop", {})
     except RequestError as error:
-        yield b"event: error\n" + sse_event(_error_body(error))
+        yield b"event: error\n" + sse_event(messages_error_body(error))
 
 
 def _event(kind: str, fields: dict[str, Any]) -> bytes:

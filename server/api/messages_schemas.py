@@ -39,7 +39,7 @@ class ToolUseBlock(Schema):
 
 
 Texts = Annotated[
-    Annotated[str, Tag("@text")] | Annotated[list[TextBlock], Tag("@blocks")],
+    Annotated[str, Tag("@text")] | Annotated[list[TextBlock], Field(fail_fast=True), Tag("@blocks")],
     Discriminator(
         lambda value: "@text" if isinstance(value, str) else "@blocks" if isinstance(value, list) else None,
         custom_error_type="wrong_type",
@@ -62,7 +62,7 @@ ContentBlock = Annotated[TextBlock | ThinkingBlock | ToolUseBlock | ToolResultBl
 class MessageItem(Schema):
     role: Literal["user", "assistant"]
     content: Annotated[
-        Annotated[str, Tag("@text")] | Annotated[list[ContentBlock], Tag("@blocks")],
+        Annotated[str, Tag("@text")] | Annotated[list[ContentBlock], Field(fail_fast=True), Tag("@blocks")],
         Discriminator(
             lambda value: "@text" if isinstance(value, str) else "@blocks" if isinstance(value, list) else None,
             custom_error_type="wrong_type",
@@ -97,16 +97,16 @@ class Thinking(Schema):
 
 class CountTokensRequest(Schema):
     model: str
-    messages: list[MessageItem] = Field(min_length=1)
+    messages: list[MessageItem] = Field(fail_fast=True, min_length=1)
     system: Texts | None = None
-    tools: Annotated[list[ToolDefinition], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[list[ToolDefinition], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
     tool_choice: ToolChoiceField | None = None
     thinking: Thinking | None = None
 
 
 class MessagesRequest(CountTokensRequest):
     max_tokens: int = Field(ge=1, le=2**31 - 1)
-    stop_sequences: Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)] | None = None
+    stop_sequences: Annotated[list[StopString], Field(fail_fast=True, max_length=MAX_STOP_STRINGS)] | None = None
     stream: bool | None = None
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
+from typing import Any
+
 from server.api.context import ApiContext
 from server.api.errors import RequestError
+from server.text import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+_MAX_LOGGED_PARAMETERS = 1000  # characters: grammars are among them
 
 
 def split_prompt(prompt: str | list[str] | list[int] | list[list[int]]) -> tuple[list[str] | None, list[list[int]]]:
@@ -22,6 +31,17 @@ def refuse_unknown_ids(token_ids: list[int], context: ApiContext, param: str) ->
     if highest >= context.vocab_size:
         raise RequestError(
             f"{param}: token id {highest} is outside the vocabulary of {context.vocab_size}", param=param
+        )
+
+
+MAX_TOKENIZED_CHARACTERS = 2**20
+"""Of what is tokenized without regard to the context's length."""
+
+
+def refuse_huge_text(text: str, param: str) -> None:
+    if len(text) > MAX_TOKENIZED_CHARACTERS:
+        raise RequestError(
+            f"{param}: must be at most {MAX_TOKENIZED_CHARACTERS} characters (got {len(text)})", param=param
         )
 
 
@@ -64,4 +84,15 @@ def refuse_priority(priority: int | None, context: ApiContext) -> None:
     if priority and not context.has_priorities:
         raise RequestError(
             "priority: this server serves who comes first; it needs --scheduling-policy priority", param="priority"
+        )
+
+
+def log_prompts(
+    tokenizer: Tokenizer, name: str, prompts: Sequence[list[int]], num_characters: int, parameters: Any
+) -> None:
+    """What --enable-log-requests asks for: the one place where prompts reach the log."""
+    for token_ids in prompts:
+        text = tokenizer.decode(token_ids[: num_characters + 1], skip_special_tokens=False)[:num_characters]
+        logger.info(
+            "%s: %d prompt tokens: %r; %s", name, len(token_ids), text, str(parameters)[:_MAX_LOGGED_PARAMETERS]
         )

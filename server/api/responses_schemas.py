@@ -25,7 +25,7 @@ class TextItem(Schema):
 
 
 ItemContent = Annotated[
-    Annotated[str, Tag("@text")] | Annotated[list[TextItem], Tag("@parts")],
+    Annotated[str, Tag("@text")] | Annotated[list[TextItem], Field(fail_fast=True), Tag("@parts")],
     Discriminator(
         lambda value: "@text" if isinstance(value, str) else "@parts" if isinstance(value, list) else None,
         custom_error_type="wrong_type",
@@ -71,7 +71,7 @@ class ReasoningInput(Schema):
     id: str | None = None
     status: str | None = None
     summary: OnlyEmptyList = None
-    content: list[ReasoningText] | None = None
+    content: Annotated[list[ReasoningText], Field(fail_fast=True)] | None = None
     encrypted_content: OnlyNull = None
 
 
@@ -91,7 +91,7 @@ InputItem = Annotated[
     ),
 ]
 ResponseInput = Annotated[
-    Annotated[str, Tag("@text")] | Annotated[list[InputItem], Field(min_length=1), Tag("@items")],
+    Annotated[str, Tag("@text")] | Annotated[list[InputItem], Field(fail_fast=True, min_length=1), Tag("@items")],
     Discriminator(
         lambda value: "@text" if isinstance(value, str) else "@items" if isinstance(value, list) else None,
         custom_error_type="wrong_type",
@@ -138,7 +138,7 @@ class ResponsesRequest(Schema):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     stream: bool | None = None
-    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[list[FunctionTool], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
     tool_choice: (
         Annotated[
             Annotated[Literal["none", "auto", "required"], Tag("@word")] | Annotated[FunctionChoice, Tag("@function")],

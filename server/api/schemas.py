@@ -81,11 +81,11 @@ def _union(message: str) -> Discriminator:
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Prompt = Annotated[
     Annotated[str, Tag("@text")]
-    | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS), Tag("@texts")]
-    | Annotated[list[TokenId], Field(min_length=1), Tag("@ids")]
+    | Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS), Tag("@texts")]
+    | Annotated[list[TokenId], Field(fail_fast=True, min_length=1), Tag("@ids")]
     | Annotated[
-        list[Annotated[list[TokenId], Field(min_length=1)]],
-        Field(min_length=1, max_length=MAX_PROMPTS),
+        list[Annotated[list[TokenId], Field(fail_fast=True, min_length=1)]],
+        Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS),
         Tag("@id lists"),
     ],
     _union("must be a string, a list of strings, a list of token ids, or a list of lists of token ids"),
@@ -94,7 +94,7 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 Stop = Annotated[
     Annotated[StopString, Tag("@text")]
-    | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS), Tag("@texts")]
+    | Annotated[list[StopString], Field(fail_fast=True, max_length=MAX_STOP_STRINGS), Tag("@texts")]
     | Annotated[None, Tag("@null")],
     Discriminator(
         lambda value: "@null" if value is None else _branch(value),
@@ -134,7 +134,7 @@ class StructuredOutputs(Schema):
     json_schema: dict[str, Any] | str | None = Field(None, alias="json", description="A JSON schema.")
     json_object: bool | None = None
     regex: str | None = Field(None, min_length=1)
-    choice: Annotated[list[StopString], Field(min_length=1, max_length=MAX_CHOICES)] | None = None
+    choice: Annotated[list[StopString], Field(fail_fast=True, min_length=1, max_length=MAX_CHOICES)] | None = None
     grammar: str | None = Field(None, min_length=1, description="GBNF (EBNF with ::=) or Lark.")
 
 
@@ -151,7 +151,7 @@ class GenerationFields(Schema):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     stop: Stop = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True, max_length=MAX_STOP_TOKEN_IDS)] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     min_tokens: int | None = Field(None, ge=0, le=2**31 - 1)
@@ -168,8 +168,8 @@ class GenerationFields(Schema):
     logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_BIASES)] | None = Field(
         None, description="By token id, as a string."
     )
-    allowed_token_ids: Annotated[list[TokenId], Field(min_length=1, max_length=2**20)] | None = None
-    bad_words: Annotated[list[StopString], Field(max_length=MAX_BAD_WORDS)] | None = None
+    allowed_token_ids: Annotated[list[TokenId], Field(fail_fast=True, min_length=1, max_length=2**20)] | None = None
+    bad_words: Annotated[list[StopString], Field(fail_fast=True, max_length=MAX_BAD_WORDS)] | None = None
     include_metrics: bool | None = Field(None, description="The answer's `metrics`: how long it waited and took.")
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="Not with stream.")
     truncate_prompt_tokens: int | None = Field(
@@ -206,7 +206,9 @@ class TextPart(Schema):
 
 
 Content = Annotated[
-    Annotated[str, Tag("@text")] | Annotated[list[TextPart], Tag("@parts")] | Annotated[None, Tag("@null")],
+    Annotated[str, Tag("@text")]
+    | Annotated[list[TextPart], Field(fail_fast=True), Tag("@parts")]
+    | Annotated[None, Tag("@null")],
     Discriminator(
         lambda value: "@null" if value is None else "@parts" if value == [] else _branch(value),
         custom_error_type="wrong_type",
@@ -233,7 +235,9 @@ class Message(Schema):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = Field(None, description="Of an assistant's message.")
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = Field(
+        None, description="Of an assistant's message."
+    )
     tool_call_id: str | None = Field(None, description="Of a tool's message.")
     reasoning_content: str | None = None
 
@@ -284,8 +288,8 @@ ToolChoice = Annotated[
 class ChatPromptFields(Schema):
     """What a chat's prompt is made of."""
 
-    messages: list[Message] = Field(min_length=1)
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    messages: list[Message] = Field(fail_fast=True, min_length=1)
+    tools: Annotated[list[Tool], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
     add_generation_prompt: bool | None = Field(
         None, description="Whether the prompt ends where an answer begins; true unless continue_final_message."
     )
@@ -321,11 +325,11 @@ class TokenizeRequest(ChatPromptFields):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = Field(None, min_length=1)  # type: ignore[assignment]
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1)] | None = Field(None)  # type: ignore[assignment]
     add_special_tokens: bool | None = Field(None, description="For prompts; true.")
     return_token_strs: bool | None = None
 
 
 class DetokenizeRequest(Schema):
     model: str | None = None
-    tokens: Annotated[list[TokenId], Field(max_length=2**17)]  # decoding keeps the server from all else
+    tokens: Annotated[list[TokenId], Field(fail_fast=True, max_length=2**17)]  # decoding keeps the server from all else

@@ -11,7 +11,7 @@ from server.api.body import read_body
 from server.api.chat_prompt import render_prompt
 from server.api.context import ApiContext
 from server.api.errors import RequestError
-from server.api.prompts import refuse_unknown_ids
+from server.api.prompts import refuse_huge_text, refuse_unknown_ids
 from server.api.responses import json_response
 from server.api.schemas import DetokenizeRequest, TokenizeRequest
 from server.text import Tokenizer
@@ -29,6 +29,7 @@ async def tokenize(request: Request, context: ApiContext) -> Response:
         text, adds_special_tokens = render_prompt(body, context, body.tools), False
     else:
         text, adds_special_tokens = body.prompt, body.add_special_tokens is not False
+    refuse_huge_text(text, "messages" if body.prompt is None else "prompt")
     [token_ids] = await context.tokenizer.encode_all([text], adds_special_tokens)
     texts = None
     if body.return_token_strs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -10,9 +11,14 @@ import llguidance
 
 from server.engine.sequence import Sequence
 from server.engine.token_mask import TokenMask
-from server.grammar import load_grammar_tokenizer
+from server.grammar import MAX_MASK_SECONDS, load_grammar_tokenizer
+from server.priority import step_back
 
 _MAX_CACHED = 64  # grammars in their starting state
+
+# Of the processor, for one token of one output. Grammars whose first token takes long have been refused; this is for those that get
+# worse.
+_MOST_SECONDS = 4 * MAX_MASK_SECONDS
 
 
 class GrammarMatcher:
@@ -20,10 +26,13 @@ class GrammarMatcher:
 
     def __init__(self, matcher: llguidance.LLMatcher) -> None:
         self._matcher = matcher
+        self._is_slow = False
 
     @property
     def error(self) -> str:
         """Why the grammar cannot go on; empty while it can."""
+        if self._is_slow:
+            return f"the grammar takes longer than {_MOST_SECONDS:g} s to find the tokens that may come next"
         return self._matcher.get_error()
 
     @property
@@ -37,7 +46,9 @@ class GrammarMatcher:
 
     def allowed(self, vocab_size: int) -> TokenMask | None:
         """The tokens that may come next. None when the grammar has failed."""
+        begin = time.thread_time()
         bits = self._matcher.compute_bitmask()
+        self._is_slow = time.thread_time() - begin > _MOST_SECONDS
         return None if self.error else TokenMask.from_bytes(bits, vocab_size)
 
 
@@ -47,7 +58,7 @@ class GrammarFactory:
 
     def __init__(self, tokenizer_file: Path, vocab_size: int, eos_token_ids: frozenset[int]) -> None:
         self._load = lambda: load_grammar_tokenizer(tokenizer_file, vocab_size, eos_token_ids)
-        self._thread = ThreadPoolExecutor(1, "grammars")
+        self._thread = ThreadPoolExecutor(1, "grammars", initializer=step_back)
         # Of the thread alone:
         self._tokenizer: llguidance.LLTokenizer | None = None
         self._cache: OrderedDict[str, llguidance.LLMatcher] = OrderedDict()

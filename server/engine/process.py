@@ -24,6 +24,7 @@ from typing import Any, Protocol
 from server.config import EngineConfig
 from server.engine import codec
 from server.engine.board import Board
+from server.logs import configure_logging
 from server.types import (
     AbortReason,
     AbortRequest,
@@ -237,14 +238,20 @@ def _read_messages(connection: Connection, inbox: queue.SimpleQueue[object], exi
 
 
 def engine_main(
-    config: EngineConfig, connection: Connection, board: Board, epoch: int, log_level: str, ends_with_parent: bool
+    config: EngineConfig,
+    connection: Connection,
+    board: Board,
+    epoch: int,
+    log_level: str,
+    log_format: str,
+    ends_with_parent: bool,
 ) -> None:
     """What the engine process runs. The API process decides when it ends, so signals sent to the whole group are ignored."""
     if ends_with_parent:
         _end_with_parent()
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_IGN)
-    logging.basicConfig(level=log_level.upper(), format="%(levelname)s engine: %(message)s", force=True)
+    configure_logging(log_level, log_format, "engine")
     is_orderly = serve_engine(lambda: _build(config, epoch), connection, board, epoch, exit_when_orphaned=True)
     logging.shutdown()
     # All that is left is the interpreter taking down torch and gigabytes of cache piece by piece: seconds, for nothing.
@@ -272,7 +279,7 @@ def _build(config: EngineConfig, epoch: int) -> Engine:
     return build_engine(config, epoch)
 
 
-def spawn_engine(config: EngineConfig, epoch: int, log_level: str = "info") -> ProcessHandle:
+def spawn_engine(config: EngineConfig, epoch: int, log_level: str = "info", log_format: str = "text") -> ProcessHandle:
     """Start the engine in a process of its own; it says EngineInfo or EngineFailure on the pipe when it has loaded.
 
     It is forked from a process that has imported all that it needs and has done nothing else, which stays: an engine that is
@@ -282,20 +289,20 @@ def spawn_engine(config: EngineConfig, epoch: int, log_level: str = "info") -> P
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if sys.platform == "linux":
         try:
-            return _start_engine("forkserver", config, epoch, log_level)
+            return _start_engine("forkserver", config, epoch, log_level, log_format)
         except OSError as error:  # nowhere to put its socket
             logger.warning("engines cannot be forked (%s): a restart will take longer", error)
-    return _start_engine("spawn", config, epoch, log_level)
+    return _start_engine("spawn", config, epoch, log_level, log_format)
 
 
-def _start_engine(method: str, config: EngineConfig, epoch: int, log_level: str) -> ProcessHandle:
+def _start_engine(method: str, config: EngineConfig, epoch: int, log_level: str, log_format: str) -> ProcessHandle:
     context: Any = multiprocessing.get_context(method)
     context.set_forkserver_preload(["server.engine.engine"])
     board = Board(is_shared=True)
     ours, theirs = context.Pipe()
     process: BaseProcess = context.Process(
         target=engine_main,
-        args=(config, theirs, board, epoch, log_level, method == "forkserver"),
+        args=(config, theirs, board, epoch, log_level, log_format, method == "forkserver"),
         name=f"awq-serve engine {epoch}",
     )
     try:

@@ -11,6 +11,7 @@ import yaml
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.parser import text_string_to_metric_families
 
+from server.edge_metrics import EdgeMetrics
 from server.metrics import MetricsRecorder
 from server.types import EngineInfo
 
@@ -49,7 +50,10 @@ def exported_samples() -> dict[str, set[str]]:
     """Name of every sample on /metrics before the first request, to the names of its labels."""
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
-    body, _ = MetricsRecorder(registry, "demo", EngineInfo(0, 1000, 40, 16, "reference")).render()
+    facts: dict[str, dict[str, str]] = {"build_info": {}, "model_info": {}}
+    recorder = MetricsRecorder(registry, "demo", EngineInfo(0, 1000, 40, 16, "reference"), facts=facts)
+    EdgeMetrics(recorder.families).watch(lambda: 0, lambda: 0)
+    body, _ = recorder.render()
     samples: dict[str, set[str]] = {}
     for family in text_string_to_metric_families(body.decode()):
         for sample in family.samples:

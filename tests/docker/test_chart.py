@@ -28,6 +28,7 @@ ALL = {
         "access-log": True,
     },
     "model": {"subPath": "demo"},
+    "apiKeys": {"secret": "awq-serve-keys"},
     "networkPolicy": {
         "metricsFrom": [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}],
         "egress": [{"ports": [{"port": 53, "protocol": "UDP"}]}],
@@ -102,6 +103,25 @@ def test_the_server_takes_the_pods_environment() -> None:
     assert (config.engine.max_model_len, config.engine.memory_utilization) == (4096, 0.5)
     assert (config.engine.kv_cache_memory_bytes, config.access_log) == (2_000_000_000, True)
     assert config.drain_timeout == 30 and config.served_model_names == ("awq-serve",)
+    assert config.metrics_port == 8001 and config.api_key_file == "/run/secrets/awq-serve/keys"
+
+
+def test_the_keys_are_a_secrets_file() -> None:
+    pod = _render(ALL)["Deployment"]["spec"]["template"]["spec"]
+    [mount] = [mount for mount in pod["containers"][0]["volumeMounts"] if mount["name"] == "api-keys"]
+    [volume] = [volume for volume in pod["volumes"] if volume["name"] == "api-keys"]
+    assert volume["secret"] == {"secretName": "awq-serve-keys", "items": [{"key": "keys", "path": "keys"}]}
+    environment = {item["name"]: item["value"] for item in pod["containers"][0]["env"]}
+    assert environment["AWQSERVE_API_KEY_FILE"] == f"{mount['mountPath']}/keys" and mount["readOnly"]
+    assert "api-keys" not in str(_render({})["Deployment"])
+
+
+def test_the_metrics_port_has_peers_of_its_own() -> None:
+    policy = _render(ALL)["NetworkPolicy"]["spec"]["ingress"]
+    assert [[port["port"] for port in rule["ports"]] for rule in policy] == [["http"], ["metrics"]]
+    assert policy[1]["from"] == ALL["networkPolicy"]["metricsFrom"]
+    [rule] = _render({})["NetworkPolicy"]["spec"]["ingress"]
+    assert rule["ports"] == [{"port": "http"}]
 
 
 @pytest.mark.parametrize(
@@ -126,4 +146,8 @@ def test_compose_mounts_files_that_exist() -> None:
     files = [mount.split(":")[0] for mount in mounts if mount.startswith("./")]
     assert len(files) == 4 and all((DOCKER / file).exists() for file in files)
     environment = {name: value for name, value in services["server"]["environment"].items() if "${" not in value}
-    assert parse_options(["model"], environment).drain_timeout == 30
+    config = parse_options(["model"], environment)
+    assert config.drain_timeout == 30 and config.api_key_file == "/run/secrets/api-keys"
+    prometheus = yaml.safe_load((DOCKER / "prometheus/prometheus.yaml").read_text(encoding="utf-8"))
+    [target] = prometheus["scrape_configs"][0]["static_configs"][0]["targets"]
+    assert target == f"server:{config.metrics_port}"

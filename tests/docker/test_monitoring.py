@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import promql_parser
 import pytest
 
-from server.metrics import PREFIX
+from server.metric_families import PREFIX
 from server.options import GROUPS
 from tests.docker.monitoring import (
     DASHBOARD,
@@ -52,7 +52,7 @@ def test_queries_ask_for_what_is_exported(query: str) -> None:
     parsed = promql_parser.parse(query)
     selectors = list(_selectors(parsed))
     assert selectors and {selector.name for selector in selectors} == set(
-        re.findall(rf"\b(?:{PREFIX}\w+|process_\w+|up)\b", query)
+        re.findall(rf"\b(?:{PREFIX}\w+|http_\w+|process_\w+|up)\b", query)
     ), "the walk over the expression misses a selector"
     labels = SCRAPE_LABELS.copy()
     for selector in selectors:

@@ -47,10 +47,7 @@ def server(demo_model: Path) -> Iterator[Server]:
 def test_promtool_takes_the_metrics(server: Server) -> None:
     text = server.client.get("/metrics").text
     checked = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, text=True)
-    complaints = [
-        line for line in (checked.stdout + checked.stderr).splitlines() if "iteration_tokens_total" not in line
-    ]
-    assert not complaints  # vLLM's name of that histogram ends in _total, and its dashboards ask for it
+    assert not (checked.stdout + checked.stderr) and checked.returncode == 0
 
 
 def test_every_panel_is_answered(server: Server, configuration: Path) -> None:
@@ -83,7 +80,10 @@ def test_every_panel_is_answered(server: Server, configuration: Path) -> None:
 
 
 def _query(client: httpx.Client, query: str) -> list[dict]:
-    answer = client.get("/query", params={"query": query}).json()
+    response = client.get("/query", params={"query": query})
+    if response.status_code == 503:  # it is starting
+        response.raise_for_status()
+    answer = response.json()
     assert answer["status"] == "success", answer
     return answer["data"]["result"]
 

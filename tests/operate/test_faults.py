@@ -232,5 +232,5 @@ def test_a_jump_of_the_clock_changes_nothing(monkeypatch: pytest.MonkeyPatch) ->
                 *_, metrics, _ = [line for line in lines if line]
             assert 0 <= json.loads(metrics.removeprefix("data: "))["metrics"]["generation_time_ms"] < 20_000
         text = httpx.get(f"{url}/metrics").text
-        [seconds] = re.findall(r'awqserve_e2e_request_latency_seconds_sum{model_name="echo"} (\S+)', text)
+        [seconds] = re.findall(r'awqserve_e2e_request_latency_seconds_sum{engine="0",model_name="echo"} (\S+)', text)
         assert 0 < float(seconds) < 60 and edge.client.state is EngineState.READY

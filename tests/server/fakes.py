@@ -20,11 +20,13 @@ from prometheus_client import CollectorRegistry
 from tokenizers import Tokenizer as HfTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from server.api.app import create_app
+from server.api.admission import Admission, Observers
+from server.api.app import Gate, create_app
 from server.api.chat_template import ChatTemplate
 from server.api.context import ApiContext, SamplingDefaults
 from server.engine.client import EngineClient
 from server.engine.process import thread_engine
+from server.http_protocol import Guard, HttpLimits, guarded_protocol
 from server.metrics import MetricsRecorder
 from server.text import Tokenizer
 from server.types import (
@@ -187,8 +189,23 @@ def echo_engine(max_model_len: int = 512, **options: Any) -> EchoEngine:
     return EchoEngine(EngineInfo(0, max_model_len, 64, 16, "fake"), **options)
 
 
+def http_limits(**changes: Any) -> HttpLimits:
+    """Generous but for the changes."""
+    limits = HttpLimits(
+        max_header_bytes=2**14,
+        max_body_bytes=2**20,
+        max_connections=100,
+        header_timeout=10,
+        body_timeout=10,
+        send_timeout=10,
+    )
+    return replace(limits, **changes)
+
+
 @contextmanager
-def served_edge(engine: EchoEngine | None = None, **context_fields: Any) -> Iterator[tuple[str, Edge]]:
+def served_edge(
+    engine: EchoEngine | None = None, guard: Guard | None = None, **context_fields: Any
+) -> Iterator[tuple[str, Edge]]:
     """`running_edge` behind a real HTTP server in a thread: its URL and the edge."""
     ready: queue.SimpleQueue[tuple[str, Edge] | BaseException] = queue.SimpleQueue()
     done = threading.Event()
@@ -196,7 +213,14 @@ def served_edge(engine: EchoEngine | None = None, **context_fields: Any) -> Iter
     async def serve() -> None:
         async with running_edge(engine, **context_fields) as edge:
             listener = socket.create_server(("127.0.0.1", 0))
-            config = uvicorn.Config(edge.app, lifespan="off", log_level="warning", timeout_graceful_shutdown=2)
+            config = uvicorn.Config(
+                edge.app,
+                http=guarded_protocol(guard or Guard(http_limits())),
+                lifespan="off",
+                log_level="warning",
+                ws="none",
+                timeout_graceful_shutdown=2,
+            )
             server = uvicorn.Server(config)
             serving = asyncio.ensure_future(server.serve(sockets=[listener]))
             while not server.started:
@@ -241,7 +265,10 @@ def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
 
 @asynccontextmanager
 async def running_edge(
-    engine: EchoEngine | None = None, on_build: Callable[[], None] | None = None, **context_fields: Any
+    engine: EchoEngine | None = None,
+    on_build: Callable[[], None] | None = None,
+    gate: Gate | None = None,
+    **context_fields: Any,
 ) -> AsyncIterator[Edge]:
     """The application over `engine`, called in process; the engine's loop runs in a thread, as with `--in-process`."""
     engine = engine or echo_engine()
@@ -255,7 +282,8 @@ async def running_edge(
     client = EngineClient(lambda epoch: thread_engine(lambda: build(epoch), epoch))
     info = await client.start()
     recorder = MetricsRecorder(CollectorRegistry(), "echo", info)
-    client.observer = recorder
+    admission = context_fields.setdefault("admission", Admission())
+    client.observer = Observers(admission, recorder)
     tokenizer = byte_level_tokenizer()
     fields: dict[str, Any] = {
         "tokenizer": tokenizer,
@@ -268,7 +296,7 @@ async def running_edge(
         "chat_template": ChatTemplate(CHAT_TEMPLATE, {"eos_token": END}),
     }
     context = ApiContext(engine=client, **(fields | context_fields))
-    app = create_app(context)
+    app = create_app(context, gate)
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://edge", timeout=20) as http:
         try:

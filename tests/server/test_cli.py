@@ -62,6 +62,9 @@ def test_every_option_comes_from_every_source(option, tmp_path: Path) -> None:  
         "tool-call-parser": "mistral",
         "scheduling-policy": "priority",
         "reasoning-parser": "think",
+        "log-format": "json",
+        "metrics-prefix": "vllm:",
+        "otlp-traces-endpoint": "http://collector:4318/v1/traces",
     }
     text = samples.get(option.name, "true" if option.is_flag else "16")
     if option.is_flag and option.default:

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from server import grammar
+from server.engine import matcher
 from server.engine.matcher import GrammarFactory
 from server.grammar import GrammarError, GrammarService, GrammarSource
 from server.text import Tokenizer
@@ -47,6 +49,22 @@ def test_grammars_that_take_too_much_are_killed_and_the_next_one_is_served(model
         service.close()
 
     asyncio.run(check())
+
+
+def test_grammars_that_would_hold_everybody_up_are_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their masks are made within the steps that all share."""
+    tokenizer = grammar.load_grammar_tokenizer(model / "tokenizer.json")
+    source = GrammarSource("regex", "[a-z]{1,9}")
+    compiled = grammar._compile(source, tokenizer)
+    monkeypatch.setattr(grammar, "MAX_MASK_SECONDS", -1.0)
+    with pytest.raises(ValueError, match="to find the tokens that may come first"):
+        grammar._compile(source, tokenizer)
+    factory = GrammarFactory(model / "tokenizer.json", VOCAB_SIZE, frozenset())
+    started = factory.start(compiled).result(30)
+    assert started.allowed(VOCAB_SIZE) is not None and not started.error
+    monkeypatch.setattr(matcher, "_MOST_SECONDS", -1.0)
+    assert started.allowed(VOCAB_SIZE) is None and "to find the tokens that may come next" in started.error
+    factory.close()
 
 
 def test_a_process_that_does_not_start_is_no_grammars_fault(tmp_path: Path, model: Path) -> None:

@@ -45,7 +45,9 @@ class _Recorded:
         for family in text_string_to_metric_families(body.decode()):
             for sample in family.samples:
                 labels = dict(sample.labels)
-                assert labels.pop("model_name") == "demo", sample.name
+                if sample.name.startswith("awqserve_"):
+                    assert labels.pop("model_name") == "demo", sample.name
+                    assert labels.pop("engine", "0") == "0"
                 extra = ",".join(value for _, value in sorted(labels.items()))
                 values[sample.name + (f"[{extra}]" if extra else "")] = sample.value
         return values
@@ -88,8 +90,8 @@ def test_a_requests_life() -> None:
         "awqserve_request_prompt_tokens_sum": 20,
         "awqserve_request_generation_tokens_sum": 4,
         "awqserve_request_params_max_tokens_sum": 10,
-        "awqserve_iteration_tokens_total_count": 3,
-        "awqserve_iteration_tokens_total_sum": 24,
+        "awqserve_iteration_tokens_count": 3,
+        "awqserve_iteration_tokens_sum": 24,
         "awqserve_cache_config_info[16,reference,40]": 1,
     }
     for name, value in expected.items():

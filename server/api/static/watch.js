@@ -2,7 +2,7 @@
 
 import { request } from "./key.js";
 
-const PREFIX = "awqserve_";
+const GAUGE = "num_requests_running"; // tells by its name which prefix the server's metrics have
 const SECONDS = 60; // of history
 const samples = []; // {time, values}, the oldest first
 const rates = []; // tokens per second between one sample and the next
@@ -12,10 +12,11 @@ const show = (id, text) => (document.getElementById(id).textContent = text);
 /** Sums by name, over labels, of a page in Prometheus's text format; buckets of histograms are left out. */
 function parse(page) {
   const values = {};
+  const prefix = new RegExp(`^([\\w:]*)${GAUGE}\\{`, "m").exec(page)?.[1] ?? "";
   for (const line of page.split("\n")) {
-    const match = /^(\w+)(?:\{.*\})? (\S+)$/.exec(line);
-    if (!match || !match[1].startsWith(PREFIX) || match[1].endsWith("_bucket")) continue;
-    const name = match[1].slice(PREFIX.length);
+    const match = /^([\w:]+)(?:\{.*\})? (\S+)$/.exec(line);
+    if (!match || !match[1].startsWith(prefix) || match[1].endsWith("_bucket")) continue;
+    const name = match[1].slice(prefix.length);
     values[name] = (values[name] ?? 0) + Number(match[2]);
   }
   return values;

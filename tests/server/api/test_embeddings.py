@@ -116,7 +116,9 @@ def test_official_client(tmp_path: Path) -> None:
             whole = await client.embeddings.create(model="tiny", input=[[5] * 512])  # the context, to its last token
             assert whole.usage.prompt_tokens == 512
             metrics = (await http.get("/metrics")).text
-            assert 'awqserve_request_success_total{finished_reason="stop",model_name="tiny"} 36.0' in metrics, metrics
+            assert (
+                'awqserve_request_success_total{engine="0",finished_reason="stop",model_name="tiny"} 36.0' in metrics
+            ), metrics
 
     asyncio.run(check())
 

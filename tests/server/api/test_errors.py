@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
+from server.api.errors import RequestError, error_response, messages_error_body
 from tests.server.fakes import Edge, echo_engine, running_edge
 
 # (body of /v1/completions less its prompt, the field named, a part of the message)
@@ -257,6 +258,17 @@ def test_faults_of_ours_show_nothing_of_themselves() -> None:
             }
 
     asyncio.run(check())
+
+
+def test_paths_are_in_no_error() -> None:
+    for message, shown in (
+        ("the engine is down: OSError: [Errno 28] No space left on device: '/model/x y.bin'", "'... y.bin'"),
+        ("cannot read /srv/models/secret-name/config.json: gone", "read ...: gone"),
+        ("at ~/models and C:\\models\\x, but and/or 3/4 stay", "at ... and ..., but and/or 3/4 stay"),
+    ):
+        body = error_response(RequestError(message, status=503)).body.decode()
+        assert "secret-name" not in body and "/model" not in body and shown in body.replace("\\\\", "\\")
+        assert "/srv" not in str(messages_error_body(RequestError(message, status=500)))
 
 
 def test_bad_requests_do_not_disturb_the_others() -> None:

@@ -189,7 +189,7 @@ def test_engine_failure_answers_everyone_and_shows_in_health() -> None:
         metrics = httpx.get(f"{url}/metrics").text
         assert 'finished_reason="error",model_name="echo"} 4.0' in metrics
         for name, value in (("engine_restarts", 4), ("retried_requests", 2), ("refused_fingerprints", 2)):
-            assert f'awqserve_{name}_total{{model_name="echo"}} {value}.0' in metrics
+            assert f'awqserve_{name}_total{{engine="0",model_name="echo"}} {value}.0' in metrics
         assert engine.is_closed
 
 
