@@ -183,6 +183,9 @@ class StepStats:
     num_prefix_hits: int = 0  # how many of those the prefix cache held
     num_preemptions: int = 0
     step_seconds: float = 0.0
+    num_drafts: int = 0  # sequences that had tokens drafted in this step,
+    num_draft_tokens: int = 0  # how many tokens together, and
+    num_accepted_per_position: list[int] = field(default_factory=list)  # of how many the first, second... was right
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,16 @@ class GrammarMatcher:
         """Moves on by one output token. False when the grammar has failed; `error` says why."""
         return self._matcher.consume_token(token_id)
 
+    def num_valid(self, token_ids: list[int]) -> int:
+        """How many of these, from the first on, may come one after the other."""
+        return self._matcher.validate_tokens(token_ids)
+
+    def rewind(self, num_tokens: int) -> None:
+        """Takes back the last tokens that were accepted."""
+        if num_tokens:
+            is_back = self._matcher.rollback(num_tokens)
+            assert is_back, self.error
+
     def allowed(self, vocab_size: int) -> TokenMask | None:
         """The tokens that may come next. None when the grammar has failed."""
         bits = self._matcher.compute_bitmask()
