@@ -131,6 +131,8 @@ class Drafter:
         """How the last proposal went. Drafts after the first wrong one were not tried."""
         self._tried = self._tried * _DECAY + min(num_drafts, num_accepted + 1)
         self._accepted = self._accepted * _DECAY + num_accepted
+        if num_accepted == num_drafts:  # the text may have begun to repeat: no wait for the next trial
+            self._pause, self._next_pause = 0, _FIRST_PAUSE
 
     def _num_worthwhile(self, least_chance: float) -> int:
         number, together = 0, self.chance

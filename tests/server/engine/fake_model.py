@@ -139,6 +139,8 @@ def run_to_end(
         engine.scheduler.block_manager.check()
         stats = output.stats
         assert stats.num_used_blocks + stats.num_cached_blocks <= stats.num_blocks
+        for sequence in engine.scheduler.running:  # drafts hold no block beyond their step
+            assert len(sequence.block_table) <= engine.scheduler.block_manager.blocks_for(sequence.num_tokens)
         for event in output.events:
             events.setdefault(event.request_id, []).append(event)
         step += 1
