@@ -144,9 +144,18 @@ class MetricsRecorder:
         self.prefix_cache_queries.inc(stats.num_prefix_queries)
         self.prefix_cache_hits.inc(stats.num_prefix_hits)
         self.num_preemptions.inc(stats.num_preemptions)
+        if stats.num_drafts:
+            self._count_drafts(stats)
         num_tokens = stats.num_prompt_tokens + stats.num_generation_tokens
         if num_tokens:
             self.iteration_tokens.observe(num_tokens)
+
+    def _count_drafts(self, stats: StepStats) -> None:
+        self.num_drafts.inc(stats.num_drafts)
+        self.num_draft_tokens.inc(stats.num_draft_tokens)
+        self.num_accepted_tokens.inc(sum(stats.num_accepted_per_position))
+        for position, count in enumerate(stats.num_accepted_per_position):
+            self.num_accepted_per_position.labels(self._model_name, str(position)).inc(count)
 
     def _gauge(self, name: str, help_text: str) -> Gauge:
         return Gauge(PREFIX + name, help_text, ["model_name"], registry=self._registry).labels(self._model_name)
@@ -171,6 +180,15 @@ class MetricsRecorder:
         self.prefix_cache_hits = self._counter("prefix_cache_hits", "Tokens that the prefix cache held.")
         self.num_preemptions = self._counter("num_preemptions", "Times a running request had to make room.")
         self.iteration_tokens = self._histogram("iteration_tokens_total", "Tokens per engine step.", _STEP_TOKENS)
+        self.num_drafts = self._counter("spec_decode_num_drafts", "Times that tokens were drafted for a sequence.")
+        self.num_draft_tokens = self._counter("spec_decode_num_draft_tokens", "Tokens drafted.")
+        self.num_accepted_tokens = self._counter("spec_decode_num_accepted_tokens", "Drafted tokens that were right.")
+        self.num_accepted_per_position = Counter(
+            PREFIX + "spec_decode_num_accepted_tokens_per_pos",
+            "Drafted tokens that were right, by their place in the draft.",
+            ["model_name", "position"],
+            registry=self._registry,
+        )
         cache_config = Gauge(
             PREFIX + "cache_config_info",
             "The KV cache's layout; always 1.",
