@@ -94,7 +94,7 @@ _MAX_DRAFTS = 32
 _MAX_MATCH = 16
 
 
-def _speculation(text: str) -> NgramSpeculation | None:
+def parse_speculation(text: str) -> NgramSpeculation | None:
     """ "none", or ngram:N, ngram:N:MIN-MAX."""
     if text == "none":
         return None
@@ -234,9 +234,9 @@ GROUPS: dict[str, tuple[Option, ...]] = {
                "whose `priority` is lower", "fcfs|priority"),
         Option("priority-aging-seconds", "priority_aging_seconds", _number(0.001, 86400), "seconds of waiting that are worth "
                "one level of priority", "SECONDS"),
-        Option("speculative", "speculative", _speculation, "guess up to N tokens of each sequence ahead, where its last 4 to 2 "
-               "(or MAX to MIN) tokens came before, and check them in one step; outputs do not change, text that repeats "
-               "comes faster (default: none)", "ngram:N[:MIN-MAX]"),
+        Option("speculative", "speculative", parse_speculation, "guess up to N tokens of each sequence ahead, where its last 4 "
+               "to 2 (or MAX to MIN) tokens came before, and check them in one step; outputs do not change, text that "
+               "repeats comes faster (default: none)", "ngram:N[:MIN-MAX]"),
         Option("seed", "seed", _integer(0), "makes requests without a seed repeatable", "N"),
     ),
 }  # fmt: skip
