@@ -1,8 +1,8 @@
 """`python -m server.speculation_bench MODEL`: what drafts win on text that repeats, and cost on text that does not.
 
 Two engines on one model, one with drafts, answer the same requests in turn: code to be written out again with a change, a
-document to be quoted, and stories sampled freely. Tokens per second are medians over the repetitions, ratios are medians of each pair's.
-The last line is JSON.
+document to be quoted, and stories sampled freely. Tokens per second are medians over the repetitions, ratios medians of the
+pairs'. The last line is JSON.
 """
 
 from __future__ import annotations
