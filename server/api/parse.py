@@ -219,6 +219,7 @@ def _sampling(body: GenerationFields, context: ApiContext, max_tokens: int) -> S
         top_p=defaults.top_p if body.top_p is None else body.top_p,
         top_k=max(top_k, 0),
         min_p=defaults.min_p if body.min_p is None else body.min_p,
+        typical_p=defaults.typical_p if body.typical_p is None else body.typical_p,
         seed=body.seed,
         stop_token_ids=tuple(dict.fromkeys(body.stop_token_ids or ())),
         ignore_eos=bool(body.ignore_eos),

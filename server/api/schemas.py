@@ -146,6 +146,7 @@ class GenerationFields(Schema):
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1, le=2**31 - 1, description="0 and -1 are off.")
     min_p: float | None = Field(None, ge=0, le=1)
+    typical_p: float | None = Field(None, gt=0, le=1, description="Locally typical sampling; 1 is off.")
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1, description="Choice i of a prompt uses seed + i.")
     n: int | None = Field(None, ge=1, le=MAX_CHOICES_PER_PROMPT)
     stream: bool | None = None

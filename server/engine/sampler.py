@@ -35,6 +35,7 @@ class Sampler:
             min_p=[p.min_p for p in params],
             seed=[row.sequence.seed for row in rows],
             index=[row.num_output_tokens for row in rows],
+            typical_p=[p.typical_p for p in params],
         )
         return self.batch
 

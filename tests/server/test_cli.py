@@ -208,15 +208,18 @@ def test_sampling_defaults(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
                 "top_p": 0.95,
                 "repetition_penalty": 1.1,
                 "typical_p": 0.9,
+                "no_repeat_ngram_size": 3,
                 "do_sample": True,
             }
         )
     )
-    assert load_sampling_defaults(tmp_path, "auto") == SamplingDefaults(0.6, 0.95, 20, repetition_penalty=1.1)
-    assert "typical_p 0.9 is not supported" in caplog.text
+    assert load_sampling_defaults(tmp_path, "auto") == SamplingDefaults(
+        0.6, 0.95, 20, typical_p=0.9, repetition_penalty=1.1
+    )
+    assert "no_repeat_ngram_size 3 is not supported" in caplog.text
     assert load_sampling_defaults(tmp_path, "none") == SamplingDefaults()
     assert load_sampling_defaults(tmp_path / "elsewhere", str(tmp_path)) == SamplingDefaults(
-        0.6, 0.95, 20, repetition_penalty=1.1
+        0.6, 0.95, 20, typical_p=0.9, repetition_penalty=1.1
     )
     with pytest.raises(ModelFilesError, match="no such file"):
         load_sampling_defaults(tmp_path, str(tmp_path / "elsewhere"))

@@ -200,6 +200,7 @@ REQUESTS = st.fixed_dictionaries(
                 "top_p": st.just(0.8),
                 "top_k": st.just(3),
                 "min_p": st.just(0.1),
+                "typical_p": st.just(0.7),
                 "stop_token_ids": st.just((FEW[1],)),
                 "ignore_eos": st.just(True),
                 "presence_penalty": st.just(1.5),
@@ -260,7 +261,7 @@ def test_outputs_are_those_of_plain_decoding(pair: tuple[Engine, Engine], drawn:
 
 
 @pytest.mark.slow
-@settings(max_examples=600, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(drawn=st.lists(REQUESTS, min_size=1, max_size=12))
 def test_outputs_are_those_of_plain_decoding_in_many_loads(
     pair: tuple[Engine, Engine], drawn: list[dict[str, Any]]
