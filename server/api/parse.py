@@ -51,6 +51,7 @@ class GenerationJob:
     priority: int
     return_token_ids: bool
     include_metrics: bool
+    timeout: float | None  # seconds
     echo: bool = False
     num_prompt_logprobs: int | None = None  # as the answer shows them by themselves
     answer: AnswerOptions = PLAIN_ANSWER  # of chat
@@ -196,6 +197,7 @@ async def _job(
         priority=body.priority or 0,
         return_token_ids=bool(body.return_token_ids),
         include_metrics=bool(body.include_metrics),
+        timeout=body.timeout,
         num_prompt_logprobs=body.prompt_logprobs,
     )
 

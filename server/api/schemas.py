@@ -171,6 +171,9 @@ class GenerationFields(Schema):
     )
     allowed_token_ids: Annotated[list[TokenId], Field(min_length=1, max_length=2**20)] | None = None
     bad_words: Annotated[list[StopString], Field(max_length=MAX_BAD_WORDS)] | None = None
+    timeout: float | None = Field(
+        None, gt=0, le=86400, description="Seconds, after which the answer ends as it is, with finish_reason timeout."
+    )
     include_metrics: bool | None = Field(None, description="The answer's `metrics`: how long it waited and took.")
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="Not with stream.")
     truncate_prompt_tokens: int | None = Field(

@@ -125,6 +125,8 @@ class Engine:
         if not self.grammars:
             return
         is_idle = not self._pending_events and not self.scheduler.has_work()
+        for sequence in self.grammars.take_late(time.monotonic()):
+            self.scheduler.add(sequence)  # which ends it
         for sequence, error in self.grammars.take_ready(GRAMMAR_WAIT_SECONDS if is_idle else 0.0):
             self.scheduler.add(sequence)
             if error is not None:

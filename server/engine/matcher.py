@@ -102,6 +102,17 @@ class GrammarQueue:
         pending = self._pending.pop(request_id, None)
         return None if pending is None else pending[0]
 
+    def take_late(self, now: float) -> list[Sequence]:
+        """Those whose deadline has passed: they wait for nothing any more."""
+        late = [
+            sequence
+            for sequence, _ in self._pending.values()
+            if sequence.request.deadline is not None and sequence.request.deadline <= now
+        ]
+        for sequence in late:
+            del self._pending[sequence.request_id]
+        return late
+
     def take_ready(self, seconds: float) -> list[tuple[Sequence, str | None]]:
         """Those that have their matcher, or the reason why they get none. Waits up to `seconds` for one of them."""
         if not self._pending:
