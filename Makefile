@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 # CPU torch where the index has one; `pip install torch` elsewhere. Override to choose a CUDA build.
 TORCH ?= torch>=2.11,<2.14
 
-.PHONY: serve test check image-test sanitize lint bench test-gpu bench-gpu check-gpu models-page clean
+.PHONY: serve test check fuzz image-test sanitize lint bench test-gpu bench-gpu check-gpu models-page clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV) || { echo "python3-venv is missing: apt-get install python3-venv"; exit 1; }
@@ -43,6 +43,10 @@ image-test: $(STAMP) $(DEMO_MODEL)
 bench: $(STAMP) $(DEMO_MODEL)
 	$(BIN)/python -m kernels.bench
 	$(BIN)/python -m server.engine_bench $(DEMO_MODEL) --profile
+
+# Some 5,300 requests made at random from the OpenAPI document, right and wrong ones.
+fuzz: $(STAMP)
+	FUZZ_CASES=330 $(BIN)/python -m pytest -n 0 -m slow -s tests/server/api/test_fuzz.py
 
 # The native kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer: about 3 minutes.
 sanitize: $(STAMP)

@@ -194,10 +194,12 @@ def test_answers_are_those_of_the_document(model: Path) -> None:
             document = (await http.get("/openapi.json")).json()
             for path, body in (("/v1/completions", text), ("/v1/chat/completions", chat)):
                 content = document["paths"][path]["post"]["responses"]["200"]["content"]
+                event, failure, _ = content["text/event-stream"]["schema"]["properties"]["data"]["anyOf"]
                 whole, events = (
-                    jsonschema.Draft202012Validator({**content[kind]["schema"], "components": document["components"]})
-                    for kind in ("application/json", "text/event-stream")
+                    jsonschema.Draft202012Validator({**schema, "components": document["components"]})
+                    for schema in (content["application/json"]["schema"], event["contentSchema"])
                 )
+                assert failure["contentSchema"]["$ref"].endswith("ErrorAnswer")
                 answer = (await http.post(path, json=body | {"prompt_logprobs": 1})).json()
                 whole.validate(answer)
                 assert not whole.is_valid(answer | {"choices": [{"index": "x"}]})

@@ -261,7 +261,7 @@ def test_outputs_are_those_of_plain_decoding(pair: tuple[Engine, Engine], drawn:
 
 
 @pytest.mark.slow
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 @given(drawn=st.lists(REQUESTS, min_size=1, max_size=12))
 def test_outputs_are_those_of_plain_decoding_in_many_loads(
     pair: tuple[Engine, Engine], drawn: list[dict[str, Any]]
