@@ -64,7 +64,7 @@ def shorten(body: Any, path: str) -> None:
     fields = LENGTHS.get(path, ())
     for field in fields:
         value = body.get(field)
-        if type(value) is int and value > MAX_TOKENS:
+        if type(value) is int and MAX_TOKENS < value < 2**31:
             body[field] = MAX_TOKENS
     if fields and all(body.get(field) is None for field in fields):
         body[fields[0]] = MAX_TOKENS
