@@ -19,7 +19,12 @@ WEATHER = {
     "type": "function",
     "function": {
         "name": "weather",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "maxLength": 20}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
     },
 }
 
@@ -62,12 +67,14 @@ def tools() -> None:
 def structured() -> None:
     schema = {
         "type": "object",
-        "properties": {"n": {"type": "integer"}},
+        "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 9999}},
         "required": ["n"],
         "additionalProperties": False,
     }
     form = {"type": "json_schema", "json_schema": {"name": "number", "schema": schema, "strict": True}}
-    answer = litellm.completion(messages=MESSAGES, response_format=form, max_tokens=60, temperature=1.5, **OPENAI)
+    answer = litellm.completion(
+        messages=MESSAGES, response_format=form, max_tokens=200, temperature=1, seed=1, **OPENAI
+    )
     assert isinstance(json.loads(answer.choices[0].message.content)["n"], int)
 
 

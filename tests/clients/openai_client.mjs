@@ -40,10 +40,10 @@ async function chat() {
 
 async function structured() {
   const schema = {
-    type: "object", properties: { n: { type: "integer" } }, required: ["n"], additionalProperties: false,
+    type: "object", properties: { n: { type: "integer", minimum: 0, maximum: 9999 } }, required: ["n"], additionalProperties: false,
   };
   const response_format = { type: "json_schema", json_schema: { name: "number", schema, strict: true } };
-  const answer = await client.chat.completions.parse({ ...brief, max_tokens: 60, temperature: 1.5, response_format });
+  const answer = await client.chat.completions.parse({ ...brief, max_tokens: 200, temperature: 1, seed: 1, response_format });
   assert.ok(Number.isInteger(JSON.parse(answer.choices[0].message.content).n));
 }
 
