@@ -29,7 +29,7 @@ class City(Closed):
     population: int = Field(ge=0, le=99_999_999)
 
 
-class Weather(Closed):
+class Weather(BaseModel):
     city: str = Field(max_length=20)
     unit: str = Field(max_length=9)
 
@@ -76,7 +76,7 @@ def structured() -> None:
 
 
 def tools() -> None:
-    caller = chat(max_tokens=200).bind_tools([weather], tool_choice="any", parallel_tool_calls=False)
+    caller = chat(max_tokens=200).bind_tools([weather], tool_choice="any", strict=True, parallel_tool_calls=False)
     answer = caller.invoke("What is the weather in Paris?")
     [call] = answer.tool_calls
     assert call["name"] == "weather" and {"city", "unit"} <= set(call["args"]), call
@@ -86,7 +86,7 @@ def tools() -> None:
     assert streamed is not None and streamed.tool_calls[0]["args"] == call["args"], streamed
     result = ToolMessage(weather.invoke(call["args"]), tool_call_id=call["id"])
     reply = chat().bind_tools([weather]).invoke([HumanMessage("The weather?"), answer, result])
-    assert reply.content or reply.tool_calls
+    assert reply.response_metadata["finish_reason"], reply
 
 
 def responses() -> None:
@@ -95,7 +95,7 @@ def responses() -> None:
     assert answer.text and answer.usage_metadata is not None, answer
     assert "".join(chunk.text for chunk in model.stream(MESSAGES)) == answer.text
     [call] = (
-        model.bind_tools([weather], tool_choice="any", parallel_tool_calls=False)
+        model.bind_tools([weather], tool_choice="any", strict=True, parallel_tool_calls=False)
         .bind(max_tokens=200)
         .invoke("Paris?")
         .tool_calls
