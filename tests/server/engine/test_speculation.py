@@ -19,9 +19,9 @@ from tokenizers import Tokenizer
 from server.config import EngineConfig, NgramSpeculation
 from server.engine.drafts import Drafter, Drafting, NgramIndex, StepTime
 from server.engine.engine import Engine, build_engine
-from server.types import GenerateRequest, Pooling, PoolRequest, SamplingParams, StepOutput, TokenEvent
+from server.types import AbortReason, GenerateRequest, Pooling, PoolRequest, SamplingParams, StepOutput, TokenEvent
 from tests.kernels.cpu_support import needs_native
-from tests.server.engine.fake_model import make_engine, request
+from tests.server.engine.fake_model import expected_output, make_engine, request, tokens_of
 from tests.server.real_edge import tiny_checkpoint
 
 
@@ -111,6 +111,26 @@ def test_prompts_keep_half_of_what_decodes_leave() -> None:
     engine.submit(request("b", [0] * 20, 2))
     first, second = engine.scheduler.schedule(time.monotonic()).entries
     assert len(first.drafts) == 4 and second.num_new_tokens == 4
+
+
+def test_rows_of_a_sequence_that_ended_while_its_step_ran_are_passed_over() -> None:
+    engine = make_engine(drafting=ALWAYS, vocabulary=3, max_num_batched_tokens=40)
+    for name, prompt in (("gone", [0, 1, 2, 0, 1, 2]), ("stays", [2, 1, 0, 2, 1])):
+        engine.submit(request(name, prompt, 25))
+    events = [*engine.step().events, *engine.step().events]
+    scheduler, runner = engine.scheduler, engine.runner
+    batch = scheduler.schedule(time.monotonic())
+    handle = runner.launch(batch)
+    assert batch.entries[0].sequence.request_id == "gone" and batch.entries[0].drafts
+    engine.abort("gone", AbortReason.CLIENT)
+    events += scheduler.postprocess(batch, runner.collect(handle), time.monotonic())
+    while engine.has_work():
+        events += engine.step().events
+        engine.scheduler.block_manager.check()
+    assert tokens_of([event for event in events if event.request_id == "stays"]) == expected_output(
+        [2, 1, 0, 2, 1], 25, 3
+    )
+    assert engine.scheduler.block_manager.counts.used == 0
 
 
 # The law on real models.
