@@ -19,6 +19,9 @@ from tokenizers import Tokenizer
 from server.config import EngineConfig, NgramSpeculation
 from server.engine.drafts import Drafter, Drafting, NgramIndex, StepTime
 from server.engine.engine import Engine, build_engine
+from server.engine.logits import LogitRules
+from server.engine.matcher import GrammarMatcher
+from server.engine.step import SamplingRow
 from server.types import AbortReason, GenerateRequest, Pooling, PoolRequest, SamplingParams, StepOutput, TokenEvent
 from tests.kernels.cpu_support import needs_native
 from tests.server.engine.fake_model import expected_output, make_engine, request, tokens_of
@@ -273,7 +276,7 @@ def pair(tiny: Path) -> Iterator[tuple[Engine, Engine]]:
         engine.close()
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 @given(drawn=st.lists(REQUESTS, min_size=1, max_size=8))
 def test_outputs_are_those_of_plain_decoding(pair: tuple[Engine, Engine], drawn: list[dict[str, Any]]) -> None:
     plain, drafted = (Run(engine, requests_of(drawn)) for engine in pair)
@@ -290,26 +293,67 @@ def test_outputs_are_those_of_plain_decoding_in_many_loads(
     assert drafted.answers() == plain.answers()
 
 
+def repetitive(count: int = 3, **options: Any) -> list[tuple[int, GenerateRequest | PoolRequest]]:
+    """Requests whose outputs repeat, with drafts right and wrong."""
+    allowed = None if "grammar" in options else FEW
+    fields = {"temperature": 0.6, "ignore_eos": True, "allowed_token_ids": allowed, **options}
+    return [
+        (0, GenerateRequest(str(index), [*FEW, *FEW, index], SamplingParams(60, seed=index, **fields), 0.0))
+        for index in range(count)
+    ]
+
+
 def test_the_law_has_something_to_say(pair: tuple[Engine, Engine]) -> None:
     """Drafts right and wrong under every rule, and fewer steps for it."""
     rules: list[dict[str, Any]] = [
         {}, {"frequency_penalty": 0.7, "presence_penalty": 0.3}, {"repetition_penalty": 1.1}, {"num_logprobs": 2},
         {"bad_words": ((FEW[0], FEW[1]),)}, {"logit_bias": ((FEW[0], 4.0),)}, {"min_tokens": 50, "stop_token_ids": (FEW[1],)},
-        {"num_prompt_logprobs": 1},
+        {"num_prompt_logprobs": 1}, {"typical_p": 0.8}, {"grammar": lark_of(0)}, {"grammar": lark_of(1)},
     ]  # fmt: skip
-    for options in [*rules, {"grammar": lark_of(0)}, {"grammar": lark_of(1)}]:
-        allowed = None if "grammar" in options else FEW
-        sampling = SamplingParams(
-            60, **{"temperature": 0.6, "seed": 3, "ignore_eos": True, "allowed_token_ids": allowed, **options}
-        )
-        arrivals: list[tuple[int, GenerateRequest | PoolRequest]] = [
-            (0, GenerateRequest(str(index), [*FEW, *FEW, index], replace(sampling, seed=index), 0.0))
-            for index in range(3)
-        ]
-        plain, drafted = (Run(engine, arrivals) for engine in pair)
+    for options in rules:
+        plain, drafted = (Run(engine, repetitive(**options)) for engine in pair)
         assert drafted.answers() == plain.answers()
         assert 0 < drafted.num_accepted < drafted.num_drafted and len(drafted.outputs) < len(plain.outputs), options
         assert plain.num_drafted == 0
+
+
+def plant_counted_for_good(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Penalties go on counting drafts that were wrong."""
+    penalties = LogitRules.penalties
+    monkeypatch.setattr(LogitRules, "penalties", lambda self, output, num_drafts=0: penalties(self, output, 0))
+    return {"frequency_penalty": 1.0}
+
+
+def plant_no_drafts_in_history(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Rules are those of the output before the drafts."""
+    output = SamplingRow.output.fget  # type: ignore[attr-defined]
+    monkeypatch.setattr(SamplingRow, "output", property(lambda row: output(replace(row, drafts=()))))
+    return {"bad_words": ((FEW[0], FEW[1]), (FEW[1], FEW[2]))}
+
+
+def plant_one_random_number(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """All rows of a step draw the same number."""
+    monkeypatch.setattr(SamplingRow, "num_output_tokens", property(lambda row: row.sequence.num_output_tokens))
+    return {}
+
+
+def plant_no_rewind(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The grammar stays where the drafts brought it."""
+    monkeypatch.setattr(GrammarMatcher, "rewind", lambda self, num_tokens: None)
+    return {"grammar": lark_of(0)}
+
+
+@pytest.mark.parametrize(
+    "plant", [plant_counted_for_good, plant_no_drafts_in_history, plant_one_random_number, plant_no_rewind]
+)
+def test_planted_bugs_break_the_law(tiny: Path, plant: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engines = engine_of(tiny, None), engine_of(tiny, NgramSpeculation(5, 1, 3))
+    options = plant(monkeypatch)
+    with pytest.raises(AssertionError):
+        plain, drafted = (Run(engine, repetitive(6, **options)) for engine in engines)
+        assert drafted.answers() == plain.answers()
+    for engine in engines:
+        engine.close()
 
 
 def test_the_context_ends_an_output_in_the_middle_of_its_drafts(pair: tuple[Engine, Engine]) -> None:
