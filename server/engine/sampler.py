@@ -95,7 +95,8 @@ class Sampler:
             if row.drafts and not matcher.error:
                 matcher.accept(row.drafts[-1])  # drafts are cut to what the grammar takes
             # Nothing follows a grammar's end, and nobody will ask for the row.
-            masks[index] = TokenMask.of((), vocab_size) if matcher.is_complete else matcher.allowed(vocab_size)
+            has_ended = matcher.is_complete and not matcher.error
+            masks[index] = TokenMask.of((), vocab_size) if has_ended else matcher.allowed(vocab_size)
             is_last = index + 1 == len(rows) or rows[index + 1].sequence is not row.sequence
             if is_last and not matcher.error:
                 matcher.rewind(len(row.drafts))
