@@ -6,10 +6,11 @@ PORT ?= 8000
 MODEL ?= models/smollm2-135m-instruct-awq
 DEMO_MODEL := models/smollm2-135m-instruct-awq
 STAMP := $(VENV)/.installed
+CLIENTS := $(VENV)/clients/.installed
 # CPU torch where the index has one; `pip install torch` elsewhere. Override to choose a CUDA build.
 TORCH ?= torch>=2.11,<2.14
 
-.PHONY: serve test check chaos soak abuse image-test sanitize lint bench test-gpu bench-gpu check-gpu models-page clean
+.PHONY: serve test check clients fuzz chaos soak abuse image-test sanitize lint bench test-gpu bench-gpu check-gpu models-page clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV) || { echo "python3-venv is missing: apt-get install python3-venv"; exit 1; }
@@ -31,7 +32,15 @@ serve: $(STAMP) $(if $(filter $(DEMO_MODEL),$(MODEL)),$(DEMO_MODEL))
 test: $(STAMP) $(DEMO_MODEL)
 	$(BIN)/python -m pytest
 
-check: $(STAMP) $(DEMO_MODEL)
+# LangChain, LiteLLM and lm-eval for the tests, in an environment of their own: what they ask for must not decide what we run with.
+$(CLIENTS): pyproject.toml | $(STAMP)
+	$(PYTHON) -m venv $(VENV)/clients
+	$(VENV)/clients/bin/python -m pip install -q $$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["tool"]["awq-serve"]["clients"])')
+	touch $@
+
+clients: $(CLIENTS)
+
+check: $(STAMP) $(DEMO_MODEL) $(CLIENTS)
 	$(BIN)/python -m pytest -m slow
 
 # Kills, segfaults and stops the engine of a loaded server 50 times, and accounts for every request: about 6 minutes.
@@ -58,6 +67,10 @@ abuse: $(STAMP) $(DEMO_MODEL)
 bench: $(STAMP) $(DEMO_MODEL)
 	$(BIN)/python -m kernels.bench
 	$(BIN)/python -m server.engine_bench $(DEMO_MODEL) --profile
+
+# Some 5,300 requests made at random from the OpenAPI document, right and wrong ones.
+fuzz: $(STAMP)
+	FUZZ_CASES=330 $(BIN)/python -m pytest -n 0 -m slow -s tests/server/api/test_fuzz.py
 
 # The native kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer: about 3 minutes.
 sanitize: $(STAMP)

@@ -302,6 +302,8 @@ class Backend(Protocol):
         """One token per row: a pure function of (row, parameters, seed, index).
 
         Temperature 0: the lowest index among the largest logits. Otherwise, with p = exp(z - max z), z = logits / temperature:
+        with typical_p under 1, let t be the least distance |z - m| from the mean m of z (weighted by p) within which tokens have
+        typical_p of all mass, and keep |z - m| <= t (locally typical sampling, arXiv 2202.00666; distances in fp32);
         keep p >= min_p; of those keep z >= the k-th largest z (ties stay); of those keep each token for which the mass of the
         tokens ranked before it (by z, then lower index) is under top_p times their total; then take, in vocabulary order, the first
         kept token whose cumulative mass (fp64) exceeds u times the total, u = `kernels.reference.uniform(seed, index)`.

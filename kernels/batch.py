@@ -109,14 +109,15 @@ FORWARD_BUFFERS = (
     "block_tables",
     "logit_rows",
 )
-SAMPLING_BUFFERS = ("temperature", "top_k", "top_p", "min_p", "seed", "index")
+SAMPLING_BUFFERS = ("temperature", "top_k", "top_p", "min_p", "seed", "index", "typical_p")
 
 
 @dataclass(slots=True)
 class SamplingBatch:
     """How each logits row is sampled, one entry per row at fixed addresses; the first `num_rows` mean something.
 
-    A temperature of 0 is greedy. `top_k` 0 and `top_p` 1 and `min_p` 0 are off. (`seed`, `index`) keys the row's one random number.
+    A temperature of 0 is greedy. `top_k` 0, `top_p` 1, `min_p` 0 and `typical_p` 1 are off. (`seed`, `index`) keys the row's one
+    random number.
     """
 
     temperature: Tensor  # fp32 [max_rows]
@@ -125,9 +126,11 @@ class SamplingBatch:
     min_p: Tensor  # fp32 [max_rows]
     seed: Tensor  # int64 [max_rows]
     index: Tensor  # int64 [max_rows] output index of the token being sampled
+    typical_p: Tensor  # fp32 [max_rows]
     num_rows: int = 0
     all_greedy: bool = True  # host-side knowledge that lets a back end skip work: no row samples at all;
     any_filter: bool = False  # some sampled row has top-k or top-p on
+    any_typical: bool = False  # or typical_p
     staged: dict[str, Tensor] | None = None  # as in ForwardBatch
 
     @classmethod
@@ -142,6 +145,7 @@ class SamplingBatch:
             min_p=zeros(torch.float32),
             seed=zeros(torch.int64),
             index=zeros(torch.int64),
+            typical_p=zeros(torch.float32),
         )
 
     def fill(
@@ -152,13 +156,17 @@ class SamplingBatch:
         min_p: Sequence[float],
         seed: Sequence[int],
         index: Sequence[int],
+        typical_p: Sequence[float] | None = None,
     ) -> None:
-        """Writes one step's rows into the buffers."""
+        """Writes one step's rows into the buffers. typical_p None: off for all."""
         self.num_rows = len(temperature)
         self.all_greedy = not any(temperature)
         self.any_filter = not self.all_greedy and (any(top_k) or min(top_p) < 1.0)
+        typical_p = [1.0] * self.num_rows if typical_p is None else typical_p
+        self.any_typical = not self.all_greedy and min(typical_p) < 1.0
         buffers = self.staged or {name: getattr(self, name) for name in SAMPLING_BUFFERS}
-        for name, values in zip(SAMPLING_BUFFERS, (temperature, top_k, top_p, min_p, seed, index), strict=True):
+        columns = (temperature, top_k, top_p, min_p, seed, index, typical_p)
+        for name, values in zip(SAMPLING_BUFFERS, columns, strict=True):
             _write(buffers[name], values)
 
 

@@ -304,6 +304,7 @@ class ReferenceBackend(HostBackend):
             sampling.top_p[:n, None] if sampling.any_filter else None,
             sampling.min_p[:n, None],
             uniform(sampling.seed[:n], sampling.index[:n]),
+            sampling.typical_p[:n, None] if sampling.any_typical else None,
         )
         return SampledRows(torch.where(temperature[:, 0] > 0, sampled, greedy).int(), finite)
 
@@ -452,10 +453,32 @@ def _merge(running_max: Tensor, sums: Tensor, products: Tensor, per_segment: int
     return total[2] / total[1][..., None]
 
 
-def sample_rows(scores: Tensor, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor, random: Tensor) -> Tensor:
+def is_typical(distances: Tensor, mass: Tensor, typical_p: Tensor) -> Tensor:
+    """Which tokens locally typical sampling keeps. distances = z - max z and mass = exp of it, [R, V]; typical_p [R, 1]."""
+    wide = mass.double()
+    weighted = torch.where(mass > 0, wide * distances.double(), 0.0)
+    mean = (weighted.sum(-1, keepdim=True) / wide.sum(-1, keepdim=True)).float()
+    ordered, order = (distances - mean).abs().sort(dim=-1, stable=True)
+    cumulative = wide.gather(-1, order).cumsum(-1)
+    last = (cumulative >= typical_p.double() * cumulative[:, -1:]).long().argmax(-1, keepdim=True)
+    within = torch.where(typical_p < 1, ordered.gather(-1, last), torch.inf)
+    return (distances - mean).abs() <= within
+
+
+def sample_rows(
+    scores: Tensor,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    min_p: Tensor,
+    random: Tensor,
+    typical_p: Tensor | None = None,
+) -> Tensor:
     """`Backend.sample` for rows with a temperature. scores = logits / temperature [R, V]; the rest [R, 1], random fp64 [R].
     top_k and top_p are both None or both given. Returns int64 [R]."""
-    mass = torch.exp(scores - scores.amax(-1, keepdim=True))
+    distances = scores - scores.amax(-1, keepdim=True)
+    mass = torch.exp(distances)
+    if typical_p is not None:
+        mass = torch.where(is_typical(distances, mass, typical_p), mass, 0.0)
     mass = torch.where(mass >= min_p, mass, 0.0)
     if top_k is not None and top_p is not None:
         ordered, order = scores.masked_fill(mass == 0, -torch.inf).sort(dim=-1, descending=True, stable=True)

@@ -8,6 +8,16 @@ TOOL_CALL_PARSERS = ("hermes", "llama3", "mistral")
 
 
 @dataclass(frozen=True, slots=True)
+class NgramSpeculation:
+    """Up to `num_tokens` drafts per sequence and step: what followed the sequence's last max_match, or fewer but at least
+    min_match, tokens when they came before."""
+
+    num_tokens: int
+    min_match: int = 2
+    max_match: int = 4
+
+
+@dataclass(frozen=True, slots=True)
 class EngineConfig:
     """What the engine process is told. None means: chosen from the model and the machine at load, and logged."""
 
@@ -30,6 +40,7 @@ class EngineConfig:
     scheduling_policy: str = "fcfs"  # "fcfs" or "priority"
     priority_aging_seconds: float = 10.0  # of waiting, that count as one level of priority
     verify_checksums: bool = True  # where the checkpoint has SHA256SUMS
+    speculative: NgramSpeculation | None = None  # drafts from each sequence's own text; outputs stay the same
     seed: int | None = None  # of requests that bring none; None: entropy
 
 

@@ -64,6 +64,11 @@ class MetricFamilies:
         family = Counter(self.prefix + name, help_text, [*common, label], registry=self.registry)
         return {value: family.labels(**common, **{label: value}) for value in values}
 
+    def counters_on_demand(self, name: str, help_text: str, label: str) -> Callable[[str], Counter]:
+        """The counter for a value of one more label; those that were never asked for are not exported."""
+        family = Counter(self.prefix + name, help_text, [*self._common, label], registry=self.registry)
+        return lambda value: family.labels(**self._common, **{label: value})
+
     def gauges(self, name: str, help_text: str, label: str, values: Iterable[str]) -> dict[str, Gauge]:
         family = Gauge(self.prefix + name, help_text, [*self._common, label], registry=self.registry)
         return {value: family.labels(**self._common, **{label: value}) for value in values}

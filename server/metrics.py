@@ -218,9 +218,18 @@ class MetricsRecorder:
         self.prefix_cache_queries.inc(stats.num_prefix_queries)
         self.prefix_cache_hits.inc(stats.num_prefix_hits)
         self.num_preemptions.inc(stats.num_preemptions)
+        if stats.num_drafts:
+            self._count_drafts(stats)
         num_tokens = stats.num_prompt_tokens + stats.num_generation_tokens
         if num_tokens:
             self.iteration_tokens.observe(num_tokens)
+
+    def _count_drafts(self, stats: StepStats) -> None:
+        self.num_drafts.inc(stats.num_drafts)
+        self.num_draft_tokens.inc(stats.num_draft_tokens)
+        self.num_accepted_tokens.inc(sum(stats.num_accepted_per_position))
+        for position, count in enumerate(stats.num_accepted_per_position):
+            self.num_accepted_at(str(position)).inc(count)
 
     def _make_engine_metrics(self) -> None:
         make = self.families
@@ -248,6 +257,14 @@ class MetricsRecorder:
         self.prefix_cache_queries = make.counter("prefix_cache_queries", "Tokens looked up in the prefix cache.")
         self.prefix_cache_hits = make.counter("prefix_cache_hits", "Tokens that the prefix cache held.")
         self.num_preemptions = make.counter("num_preemptions", "Times a running request had to make room.")
+        self.num_drafts = make.counter("spec_decode_num_drafts", "Times that tokens were drafted for a sequence.")
+        self.num_draft_tokens = make.counter("spec_decode_num_draft_tokens", "Tokens drafted.")
+        self.num_accepted_tokens = make.counter("spec_decode_num_accepted_tokens", "Drafted tokens that were right.")
+        self.num_accepted_at = make.counters_on_demand(
+            "spec_decode_num_accepted_tokens_per_pos",
+            "Drafted tokens that were right, by their place in the draft.",
+            "position",
+        )
         self.engine_restarts = make.counter("engine_restarts", "Engines started in place of one that crashed or hung.")
         # vLLM's name ends as only a counter's should; under a prefix of one's own it need not.
         name = "iteration_tokens_total" if make.follows_vllm else "iteration_tokens"

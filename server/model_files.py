@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "SHA256SUMS"]
 
 # Sampling settings of generation_config.json that would change the output and that this server does not have.
-_UNSUPPORTED_DEFAULTS = {"typical_p": 1.0, "no_repeat_ngram_size": 0}
+_UNSUPPORTED_DEFAULTS = {"no_repeat_ngram_size": 0}
 
 
 class ModelFilesError(ValueError):
@@ -122,6 +122,7 @@ def _sampling_defaults(config: dict[str, Any], path: Path) -> SamplingDefaults:
         top_p=float(number("top_p", neutral.top_p, 0, 1) or neutral.top_p),
         top_k=max(0, int(number("top_k", neutral.top_k, -1, largest) or 0)),
         min_p=float(number("min_p", neutral.min_p, 0, 1) or 0),
+        typical_p=float(number("typical_p", neutral.typical_p, 0, 1) or neutral.typical_p),
         repetition_penalty=float(number("repetition_penalty", 1.0, 0.01, 100) or 1),
         max_new_tokens=None if max_new_tokens is None else int(max_new_tokens),
     )

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from server.config import TOOL_CALL_PARSERS, EngineConfig, ServerConfig
+from server.config import TOOL_CALL_PARSERS, EngineConfig, NgramSpeculation, ServerConfig
 from server.edge_options import EDGE_GROUPS
 from server.option_types import Option, OptionError
 from server.option_types import choice as _choice
@@ -40,6 +41,29 @@ examples:
   awq-serve Qwen/Qwen2.5-0.5B-Instruct-AWQ --port 9000 --max-model-len 8k --served-model-name qwen
   awq-serve --config server.yaml
 """
+
+
+_MAX_DRAFTS = 32
+_MAX_MATCH = 16
+
+
+def parse_speculation(text: str) -> NgramSpeculation | None:
+    """ "none", or ngram:N, ngram:N:MIN-MAX."""
+    if text == "none":
+        return None
+    match = re.fullmatch(r"ngram:([0-9]{1,9})(?::([0-9]{1,9})-([0-9]{1,9}))?", text)
+    if match is None:
+        raise OptionError(f"{text!r} is neither none nor ngram:N or ngram:N:MIN-MAX with whole numbers")
+    defaults = NgramSpeculation(1)
+    num_tokens, min_match, max_match = (
+        int(group or default)
+        for group, default in zip(match.groups(), (0, defaults.min_match, defaults.max_match), strict=True)
+    )
+    if not 1 <= num_tokens <= _MAX_DRAFTS:
+        raise OptionError(f"{text!r}: N {num_tokens} is not in 1..{_MAX_DRAFTS}")
+    if not 1 <= min_match <= max_match <= _MAX_MATCH:
+        raise OptionError(f"{text!r}: MIN-MAX {min_match}-{max_match} is not within 1..{_MAX_MATCH}, the lower first")
+    return NgramSpeculation(num_tokens, min_match, max_match)
 
 
 _BACKENDS = ("auto", "reference", "cpu", "gpu")
@@ -111,6 +135,9 @@ GROUPS: dict[str, tuple[Option, ...]] = {
                "whose `priority` is lower", "fcfs|priority"),
         Option("priority-aging-seconds", "priority_aging_seconds", _number(0.001, 86400), "seconds of waiting that are worth "
                "one level of priority", "SECONDS"),
+        Option("speculative", "speculative", parse_speculation, "guess up to N tokens of each sequence ahead, where its last 4 "
+               "to 2 (or MAX to MIN) tokens came before, and check them in one step; outputs do not change, text that "
+               "repeats comes faster (default: none)", "ngram:N[:MIN-MAX]"),
         Option("seed", "seed", _integer(0), "makes requests without a seed repeatable", "N"),
     ),
     **EDGE_GROUPS,

@@ -35,7 +35,7 @@ class AbortReason(str, Enum):
 class SamplingParams:
     """How tokens are chosen and when to stop. Validated by the edge; see the API reference for ranges.
 
-    temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off; seed None has one drawn at admission.
+    temperature 0 is greedy; top_k 0, top_p 1, min_p 0 and typical_p 1 are off; seed None has one drawn at admission.
     """
 
     max_tokens: int
@@ -44,6 +44,7 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    typical_p: float = 1.0
     seed: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
@@ -188,6 +189,9 @@ class StepStats:
     num_prefix_hits: int = 0  # how many of those the prefix cache held
     num_preemptions: int = 0
     step_seconds: float = 0.0
+    num_drafts: int = 0  # sequences that had tokens drafted in this step,
+    num_draft_tokens: int = 0  # how many tokens together, and
+    num_accepted_per_position: list[int] = field(default_factory=list)  # of how many the first, second... was right
 
 
 @dataclass(frozen=True, slots=True)

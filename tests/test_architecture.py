@@ -33,6 +33,7 @@ RULES: list[tuple[str, tuple[str, ...]]] = [
     ("server.engine.sequence", ("server.models", "kernels", *HEAVY)),
     ("server.engine.block_manager", ("server.models", "kernels", *HEAVY)),
     ("server.engine.scheduler", ("server.models", "kernels", *HEAVY)),
+    ("server.engine.drafts", ("server.models", "kernels", *HEAVY)),
     ("server.engine.step", ("server.models", "kernels", *HEAVY)),
     ("server.engine.client", ("server.models", "kernels", *HEAVY)),
     ("server.engine", ("server.api", "server.text", "server.metrics", "prometheus_client", "fastapi")),

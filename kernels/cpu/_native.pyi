@@ -143,6 +143,7 @@ def sample(
     top_k: Tensor,
     top_p: Tensor,
     min_p: Tensor,
+    typical_p: Tensor,
     seed: Tensor,
     index: Tensor,
     token_ids: Tensor,

@@ -407,6 +407,7 @@ class CpuBackend(HostBackend):
             sampling.top_k,
             sampling.top_p,
             sampling.min_p,
+            sampling.typical_p,
             sampling.seed,
             sampling.index,
             token_ids,

@@ -490,7 +490,7 @@ class GpuBackend:
                 self.gpu.host_buffer((2, num_rows), torch.int32),
             )
         result, host = self._result
-        sampling.sample(logits, s.temperature, s.top_k, s.top_p, s.min_p, s.seed, s.index, result)
+        sampling.sample(logits, s.temperature, s.top_k, s.top_p, s.min_p, s.typical_p, s.seed, s.index, result)
         ticket = self.gpu.download(host, result)
         return GpuSampledRows(result[0, :num_rows], result[1, :num_rows], self.gpu, host, ticket)
 

@@ -42,18 +42,27 @@ def ordered_key(z):
 
 
 @triton.jit
-def load_mass(row_ptr, offsets, vocabulary, temperature, largest, min_p):
-    """Ordered key and mass of a chunk: exp(z - max z), 0 where min-p drops it."""
+def load_scores(row_ptr, offsets, vocabulary, temperature, largest, mean):
+    """Of a chunk: z, exp(z - max z), and a key that falls with the distance of z - max z from `mean`."""
     logits = tl.load(row_ptr + offsets, mask=offsets < vocabulary, other=float("-inf"))
     z = tl.div_rn(logits, temperature)
-    mass = tl.exp(z - largest)
-    return ordered_key(z), tl.where(mass >= min_p, mass, 0.0)
+    return z, tl.exp(z - largest), ordered_key(-tl.abs((z - largest) - mean))
 
 
 @triton.jit
-def search(row_ptr, vocabulary, temperature, largest, min_p, floor, wanted, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+def load_mass(row_ptr, offsets, vocabulary, temperature, largest, min_p, mean, typical):
+    """Ordered key and mass of a chunk: exp(z - max z), 0 where min-p drops it or its distance's key is under `typical`."""
+    z, mass, nearness = load_scores(row_ptr, offsets, vocabulary, temperature, largest, mean)
+    return ordered_key(z), tl.where((mass >= min_p) & (nearness >= typical), mass, 0.0)
+
+
+@triton.jit
+def search(
+    row_ptr, vocabulary, temperature, largest, min_p, mean, typical, floor, wanted, COUNT: tl.constexpr,
+    NEARNESS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """The largest key t such that the tokens with key >= t, of those with key >= floor, weigh `wanted` or more: by number
-    (COUNT) or by mass. Two bits per pass."""
+    (COUNT) or by mass. With NEARNESS, keys are those of distances from the mean, and all tokens count. Two bits per pass."""
     found = floor * 0
     for step in range(16):
         one = (floor * 0 + 1) << (30 - 2 * step)
@@ -61,7 +70,11 @@ def search(row_ptr, vocabulary, temperature, largest, min_p, floor, wanted, COUN
         weight2 = wanted * 0.0
         weight3 = wanted * 0.0
         for start in range(0, vocabulary, BLOCK):
-            key, mass = load_mass(row_ptr, start + tl.arange(0, BLOCK), vocabulary, temperature, largest, min_p)
+            offsets = start + tl.arange(0, BLOCK)
+            if NEARNESS:
+                _, mass, key = load_scores(row_ptr, offsets, vocabulary, temperature, largest, mean)
+            else:
+                key, mass = load_mass(row_ptr, offsets, vocabulary, temperature, largest, min_p, mean, typical)
             mass = tl.where(key >= floor, mass, 0.0)
             if COUNT:
                 mass = tl.where(mass > 0, 1.0, 0.0)
@@ -97,6 +110,7 @@ def sample_kernel(
     top_k_ptr,
     top_p_ptr,
     min_p_ptr,
+    typical_p_ptr,
     seed_ptr,
     index_ptr,
     result_ptr,  # int32 [2, max rows]: token, and 1 where the row is sound
@@ -129,12 +143,31 @@ def sample_kernel(
         top_p = tl.load(top_p_ptr + row)
         largest = tl.div_rn(top, temperature)
         floor = ordered_key(largest) * 0
+        mean = largest * 0.0
+        typical = floor
+        typical_p = tl.load(typical_p_ptr + row)
+        if typical_p < 1.0:
+            total = tl.sum(tl.zeros((BLOCK,), tl.float64), 0)
+            weighted = total
+            for start in range(0, vocabulary, BLOCK):
+                z, mass, _ = load_scores(row_ptr, start + lanes, vocabulary, temperature, largest, mean)
+                wide = mass.to(tl.float64)
+                total += tl.sum(wide, 0)
+                distance = tl.where(mass > 0, z - largest, 0.0)
+                weighted += tl.sum(wide * distance.to(tl.float64), 0)
+            mean = (weighted / total).to(tl.float32)
+            wanted = total * typical_p.to(tl.float64)
+            typical = search(
+                row_ptr, vocabulary, temperature, largest, min_p, mean, floor, floor, wanted, False, True, BLOCK
+            )  # fmt: skip
         if (top_k > 0) & (top_k < vocabulary):
             wanted = exact_double(top_k.to(tl.uint32))
-            floor = search(row_ptr, vocabulary, temperature, largest, min_p, floor, wanted, True, BLOCK)
+            floor = search(
+                row_ptr, vocabulary, temperature, largest, min_p, mean, typical, floor, wanted, True, False, BLOCK
+            )  # fmt: skip
         total = tl.sum(tl.zeros((BLOCK,), tl.float64), 0)
         for start in range(0, vocabulary, BLOCK):
-            key, mass = load_mass(row_ptr, start + lanes, vocabulary, temperature, largest, min_p)
+            key, mass = load_mass(row_ptr, start + lanes, vocabulary, temperature, largest, min_p, mean, typical)
             total += tl.sum(tl.where(key >= floor, mass, 0.0).to(tl.float64), 0)
         # Tokens above the cut are in; those at it, in order of index, while the mass before them is under the limit.
         cut = floor
@@ -142,14 +175,16 @@ def sample_kernel(
         limit = total * 2.0
         if top_p < 1.0:
             limit = total * top_p.to(tl.float64)
-            cut = search(row_ptr, vocabulary, temperature, largest, min_p, floor, limit, False, BLOCK)
+            cut = search(
+                row_ptr, vocabulary, temperature, largest, min_p, mean, typical, floor, limit, False, False, BLOCK
+            )  # fmt: skip
             for start in range(0, vocabulary, BLOCK):
-                key, mass = load_mass(row_ptr, start + lanes, vocabulary, temperature, largest, min_p)
+                key, mass = load_mass(row_ptr, start + lanes, vocabulary, temperature, largest, min_p, mean, typical)
                 above += tl.sum(tl.where((key >= floor) & (key > cut), mass, 0.0).to(tl.float64), 0)
         kept = total * 0.0
         ties = total * 0.0
         for start in range(0, vocabulary, BLOCK):
-            key, mass = load_mass(row_ptr, start + lanes, vocabulary, temperature, largest, min_p)
+            key, mass = load_mass(row_ptr, start + lanes, vocabulary, temperature, largest, min_p, mean, typical)
             mass, tied = keep(key, mass, floor, cut, above, limit, ties)
             ties += tl.sum(tied, 0)
             kept += tl.sum(mass, 0)
@@ -160,7 +195,7 @@ def sample_kernel(
         last = token * 0
         for start in range(0, vocabulary, BLOCK):
             offsets = start + lanes
-            key, mass = load_mass(row_ptr, offsets, vocabulary, temperature, largest, min_p)
+            key, mass = load_mass(row_ptr, offsets, vocabulary, temperature, largest, min_p, mean, typical)
             mass, tied = keep(key, mass, floor, cut, above, limit, ties)
             reached = (before + tl.cumsum(mass, 0)) > goal
             chosen = tl.minimum(chosen, tl.min(tl.where(reached & (mass > 0), offsets, _LARGE), 0))
@@ -222,6 +257,7 @@ def _sample(
     top_k: Tensor,
     top_p: Tensor,
     min_p: Tensor,
+    typical_p: Tensor,
     seed: Tensor,
     index: Tensor,
     result: Tensor,
@@ -229,8 +265,9 @@ def _sample(
     rows, vocabulary = logits.shape
     expect(result.shape[1] >= rows, "sample", f"result holds {result.shape[1]} rows, not {rows}")
     launch(
-        sample_kernel, (rows,), logits, temperature, top_k, top_p, min_p, seed, index, result, logits.stride(0),
-        result.stride(0), vocabulary, BLOCK=min(2048, triton.next_power_of_2(vocabulary)), num_warps=8, num_stages=1,
+        sample_kernel, (rows,), logits, temperature, top_k, top_p, min_p, typical_p, seed, index, result,
+        logits.stride(0), result.stride(0), vocabulary,
+        BLOCK=min(2048, triton.next_power_of_2(vocabulary)), num_warps=8, num_stages=1,
     )  # fmt: skip
 
 
@@ -255,8 +292,8 @@ def _add_bias(logits: Tensor, rows: Tensor, tokens: Tensor, bias: Tensor) -> Non
 
 
 sample = define(
-    "sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed, Tensor index, "
-    "Tensor(a!) result) -> ()",
+    "sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor typical_p, Tensor seed, "
+    "Tensor index, Tensor(a!) result) -> ()",
     _sample,
 )
 adjust_logits = define(

@@ -194,7 +194,7 @@ def _after() -> dict[str, Callable[[], Any]]:
         "moe_route, 8 of 128": lambda: moe.route(single(64, 128), whole(64, 8), single(64, 8), False),
         "soft_cap": lambda: fused.soft_cap(single(16, 128256), 30.0),
         "sample": lambda: sampling.sample(
-            single(64, 128256), single(64), whole(64), single(64), single(64), long, long, whole(2, 64)
+            single(64, 128256), single(64), whole(64), single(64), single(64), single(64), long, long, whole(2, 64)
         ),
         "adjust_logits": lambda: adjust(True, True),
         "adjust_logits, penalties": lambda: adjust(True, False),

@@ -10,7 +10,6 @@ from typing import Any
 import msgspec
 from fastapi import FastAPI, Request
 from fastapi.openapi.utils import get_openapi
-from msgspec import Struct
 from pydantic.json_schema import models_json_schema
 from starlette.applications import Starlette
 from starlette.middleware.cors import CORSMiddleware
@@ -18,6 +17,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from server.api import answer_schemas as answers
 from server.api import chat, completions, embeddings, messages, ops, page, responses_api, tokenize
 from server.api.access import Access, ApiKey, KeyLimits
 from server.api.context import ApiContext, ContextSource
@@ -42,21 +42,32 @@ _BODIES: tuple[type[Schema], ...] = (
     DetokenizeRequest,
 )
 
-_ANSWERS: tuple[type[Struct], ...] = (Completion, ChatCompletion, ChatChunk, Embeddings)
+# Of each path the whole answer, and the events of a stream.
+_ANSWERS: dict[str, tuple[Any, ...]] = {
+    "/v1/completions": (Completion, Completion),
+    "/v1/chat/completions": (ChatCompletion, ChatChunk),
+    "/v1/responses": (answers.ResponseAnswer, answers.ResponseEvent),
+    "/v1/messages": (answers.MessageAnswer, answers.MessageEvent),
+    "/v1/messages/count_tokens": (answers.InputTokens,),
+    "/v1/embeddings": (Embeddings,),
+    "/tokenize": (answers.Tokens,),
+    "/detokenize": (answers.Detokenized,),
+    "/v1/models": (answers.ModelList,),
+    "/v1/models/{model:path}": (answers.Model,),
+    "/version": (answers.Version,),
+    "/live": (answers.Status,),
+    "/health": (answers.Status,),
+    "/ready": (answers.Status,),
+}
+_ERRORS = (answers.ErrorAnswer, answers.MessageError)
 
 _REFERENCE = "#/components/schemas/{name}"
 _ANSWER_PREFIX = "answer."  # bodies and answers have parts of the same name
 _ANSWER_REFERENCE = "#/components/schemas/" + _ANSWER_PREFIX + "{name}"
 
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {
-        "description": description,
-        "content": {"application/json": {"schema": {"type": "object", "required": ["error"]}}},
-    }
-    for status, description in (
-        ("4XX", "The request cannot be served as it is; the message names the field."),
-        ("5XX", "The engine is loading, draining or down, or has failed."),
-    )
+_ERROR_TEXTS = {
+    "4XX": "The request cannot be served as it is; the message names the field.",
+    "5XX": "The engine is loading, draining or down, or has failed.",
 }
 
 _Handler = Callable[[Request, ApiContext], Awaitable[Response]]
@@ -122,10 +133,9 @@ def create_app(served: ApiContext | ContextSource, gate: Gate | None = None) -> 
     app.gate = gate or Gate()
     app.state.source = source
     app.state.large_bodies = asyncio.Lock()  # held by the one that is being parsed
+    answer_schemas = _answer_schemas()
 
-    def route(
-        method: str, path: str, handler: _Handler, schema: type[Schema] | None = None, *answers: type[Struct]
-    ) -> None:
+    def route(method: str, path: str, handler: _Handler, schema: type[Schema] | None = None) -> None:
         is_generation = handler in _GENERATIONS
 
         async def endpoint(request: Request) -> Response:
@@ -150,24 +160,25 @@ def create_app(served: ApiContext | ContextSource, gate: Gate | None = None) -> 
             name=handler.__name__,
             description=handler.__doc__ or "",
             openapi_extra=extra,
-            responses=_responses(answers),
+            responses=_responses(path, answer_schemas),
             response_model=None,
+            response_class=Response,
             include_in_schema=handler not in (page.index, page.static_file),  # for browsers
         )
 
-    route("POST", "/v1/completions", completions.create_completion, CompletionRequest, Completion, Completion)
-    route("POST", "/v1/chat/completions", chat.create_chat_completion, ChatRequest, ChatCompletion, ChatChunk)
+    route("POST", "/v1/completions", completions.create_completion, CompletionRequest)
+    route("POST", "/v1/chat/completions", chat.create_chat_completion, ChatRequest)
     route("POST", "/v1/responses", responses_api.create_response, ResponsesRequest)
     route("POST", "/v1/messages", messages.create_message, MessagesRequest)
     route("POST", "/v1/messages/count_tokens", messages.count_tokens, CountTokensRequest)
-    route("POST", "/v1/embeddings", embeddings.create_embeddings, EmbeddingsRequest, Embeddings)
+    route("POST", "/v1/embeddings", embeddings.create_embeddings, EmbeddingsRequest)
     route("POST", "/tokenize", tokenize.tokenize, TokenizeRequest)
     route("POST", "/detokenize", tokenize.detokenize, DetokenizeRequest)
     route("GET", "/v1/models", ops.list_models)
     route("GET", "/v1/models/{model:path}", ops.get_model)
     for path, probe in (("/live", ops.live), ("/health", ops.health), ("/ready", ops.health)):
         app.add_api_route(path, _probe(probe, source), name=probe.__name__, description=probe.__doc__ or "",
-                          responses=_ERRORS, response_model=None)  # fmt: skip
+                          responses=_responses(path, answer_schemas), response_model=None, response_class=Response)  # fmt: skip
     route("GET", "/metrics", ops.metrics)
     route("GET", "/version", ops.version)
     route("GET", "/", page.index)
@@ -200,13 +211,46 @@ def _probe(handler: _Probe, source: ContextSource) -> Callable[[], Awaitable[Res
     return endpoint
 
 
-def _responses(answers: tuple[type[Struct], ...]) -> dict[int | str, dict[str, Any]]:
-    """Of the errors, and of what is answered: whole, and as the events of a stream where there are two."""
-    content = {
-        kind: {"schema": {"$ref": _ANSWER_REFERENCE.format(name=answer.__name__)}}
-        for kind, answer in zip(("application/json", "text/event-stream"), answers, strict=False)
+def _answer_schemas() -> dict[Any, dict[str, Any]]:
+    """The schema of each type of answer; those of parts are references."""
+    types = list(dict.fromkeys(kind for kinds in (*_ANSWERS.values(), _ERRORS) for kind in kinds))
+    schemas, _ = msgspec.json.schema_components(types, ref_template=_ANSWER_REFERENCE)
+    return dict(zip(types, schemas, strict=True))
+
+
+def _responses(path: str, schemas: dict[Any, dict[str, Any]]) -> dict[int | str, dict[str, Any]]:
+    """What is answered, whole and as the events of a stream, and the errors, which a stream ends with as well."""
+    error = schemas[_ERRORS[path.startswith("/v1/messages")]]
+    found: dict[int | str, dict[str, Any]] = {
+        status: {"description": description, "content": {"application/json": {"schema": error}}}
+        for status, description in _ERROR_TEXTS.items()
     }
-    return _ERRORS | ({200: {"description": "The answer.", "content": content}} if content else {})
+    kinds = _ANSWERS.get(path, ())
+    content = {"application/json": {"schema": schemas[kinds[0]]}} if kinds else {}
+    if len(kinds) > 1:
+        content["text/event-stream"] = {"schema": _event_schema(schemas[kinds[1]], error, path)}
+    if path == "/metrics":
+        content = {"text/plain": {"schema": {"type": "string"}}}
+    if content:
+        found[200] = {"description": "The answer.", "content": content}
+    return found
+
+
+def _event_schema(event: dict[str, Any], error: dict[str, Any], path: str) -> dict[str, Any]:
+    """Of each server-sent event, whose data is JSON; the older streams end with a word, and may end with an error."""
+    data = {"type": "string", "contentMediaType": "application/json", "contentSchema": event}
+    if not path.endswith("completions"):
+        return {
+            "type": "object",
+            "required": ["event", "data"],
+            "properties": {"event": {"type": "string"}, "data": data},
+        }
+    failed = data | {"contentSchema": error}
+    return {
+        "type": "object",
+        "required": ["data"],
+        "properties": {"data": {"anyOf": [data, failed, {"const": "[DONE]"}]}},
+    }
 
 
 def _request_body(schema: type[Schema]) -> dict[str, Any]:
@@ -222,9 +266,10 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
             [(schema, "validation") for schema in _BODIES],
             ref_template=_REFERENCE.format(name="{model}"),
         )
-        _, answers = msgspec.json.schema_components(_ANSWERS, ref_template=_ANSWER_REFERENCE)
+        types = list(_answer_schemas())
+        _, components = msgspec.json.schema_components(types, ref_template=_ANSWER_REFERENCE)
         schemas = document.setdefault("components", {}).setdefault("schemas", {})
         schemas.update(definitions["$defs"])
-        schemas.update({_ANSWER_PREFIX + name: answer for name, answer in answers.items()})
+        schemas.update({_ANSWER_PREFIX + name: answer for name, answer in components.items()})
         app.openapi_schema = document
     return app.openapi_schema

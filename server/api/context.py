@@ -24,6 +24,7 @@ class SamplingDefaults:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    typical_p: float = 1.0
     repetition_penalty: float = 1.0
     max_new_tokens: int | None = None  # chat only; None: the rest of the context
 

@@ -27,7 +27,7 @@ from server.api.prompts import (
 )
 from server.api.record import Generated, note_generated
 from server.api.responses import Embedding, Embeddings, EmbeddingsUsage, PromptTokensDetails, json_response
-from server.api.schemas import OnlyNull, Prompt, Schema
+from server.api.schemas import Integer, OnlyNull, Prompt, Schema
 from server.api.sse import unless_disconnected
 from server.engine.client import Mailbox
 from server.types import AbortReason, FinishReason, Pooling, PoolRequest
@@ -44,7 +44,7 @@ class EmbeddingsRequest(Schema):
     )
     add_special_tokens: bool | None = Field(None, description="Whether the tokenizer may add its own; true.")
     cache_salt: str | None = Field(None, max_length=1024)
-    priority: int | None = Field(None, ge=-1000, le=1000, description="As for completions.")
+    priority: Integer | None = Field(None, ge=-1000, le=1000, description="As for completions.")
     user: str | None = Field(None, description="Accepted for compatibility; identifies your user to you.")
     dimensions: OnlyNull = None
 

@@ -200,6 +200,7 @@ class Generation:
                 group_id=f"{self.id}-{prompt_index}" if self.job.num_choices > 1 else "",
                 cache_key=self.job.cache_key,
                 priority=self.job.priority,
+                deadline=None if self.job.timeout is None else arrival + self.job.timeout,
             )
             self._engine.submit(request, self._mailbox)
 

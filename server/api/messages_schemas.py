@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from server.api.schemas import MAX_STOP_STRINGS, MAX_TOOLS, OnlyNull, Schema, StopString, ToolName
+from server.api.schemas import MAX_STOP_STRINGS, MAX_TOOLS, Integer, OnlyNull, Schema, StopString, ToolName
 
 
 class CacheControl(Schema):
@@ -105,12 +105,12 @@ class CountTokensRequest(Schema):
 
 
 class MessagesRequest(CountTokensRequest):
-    max_tokens: int = Field(ge=1, le=2**31 - 1)
+    max_tokens: Integer = Field(ge=1, le=2**31 - 1)
     stop_sequences: Annotated[list[StopString], Field(fail_fast=True, max_length=MAX_STOP_STRINGS)] | None = None
     stream: bool | None = None
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0, le=2**31 - 1)
+    top_k: Integer | None = Field(None, ge=0, le=2**31 - 1)
     metadata: Metadata | None = Field(None, description="Accepted for compatibility.")
 
 

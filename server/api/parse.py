@@ -51,6 +51,7 @@ class GenerationJob:
     priority: int
     return_token_ids: bool
     include_metrics: bool
+    timeout: float | None  # seconds
     echo: bool = False
     num_prompt_logprobs: int | None = None  # as the answer shows them by themselves
     answer: AnswerOptions = PLAIN_ANSWER  # of chat
@@ -196,6 +197,7 @@ async def _job(
         priority=body.priority or 0,
         return_token_ids=bool(body.return_token_ids),
         include_metrics=bool(body.include_metrics),
+        timeout=body.timeout,
         num_prompt_logprobs=body.prompt_logprobs,
     )
 
@@ -219,6 +221,7 @@ def _sampling(body: GenerationFields, context: ApiContext, max_tokens: int) -> S
         top_p=defaults.top_p if body.top_p is None else body.top_p,
         top_k=max(top_k, 0),
         min_p=defaults.min_p if body.min_p is None else body.min_p,
+        typical_p=defaults.typical_p if body.typical_p is None else body.typical_p,
         seed=body.seed,
         stop_token_ids=tuple(dict.fromkeys(body.stop_token_ids or ())),
         ignore_eos=bool(body.ignore_eos),

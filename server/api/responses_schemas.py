@@ -8,6 +8,7 @@ from pydantic import Discriminator, Field, Tag
 
 from server.api.schemas import (
     MAX_TOOLS,
+    Integer,
     OnlyEmptyList,
     OnlyFalse,
     OnlyNull,
@@ -134,7 +135,7 @@ class ResponsesRequest(Schema):
     model: str | None = None
     input: ResponseInput
     instructions: str | None = Field(None, description="A system message before the input.")
-    max_output_tokens: int | None = Field(None, ge=1, le=2**31 - 1)
+    max_output_tokens: Integer | None = Field(None, ge=1, le=2**31 - 1)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     stream: bool | None = None

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -78,6 +79,12 @@ def _union(message: str) -> Discriminator:
     return Discriminator(_branch, custom_error_type="wrong_type", custom_error_message=message)
 
 
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+# In JSON 16.0 is a whole number too, and some clients write it. Token ids, of which there may be millions, are spared the call.
+Integer = Annotated[int, BeforeValidator(_whole)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Prompt = Annotated[
     Annotated[str, Tag("@text")]
@@ -144,17 +151,18 @@ class GenerationFields(Schema):
     model: str | None = Field(None, description="A served model's name; null is the server's.")
     temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy; from 0 to 0.01 counts as 0.01.")
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1, le=2**31 - 1, description="0 and -1 are off.")
+    top_k: Integer | None = Field(None, ge=-1, le=2**31 - 1, description="0 and -1 are off.")
     min_p: float | None = Field(None, ge=0, le=1)
-    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1, description="Choice i of a prompt uses seed + i.")
-    n: int | None = Field(None, ge=1, le=MAX_CHOICES_PER_PROMPT)
+    typical_p: float | None = Field(None, gt=0, le=1, description="Locally typical sampling; 1 is off.")
+    seed: Integer | None = Field(None, ge=-(2**63), le=2**63 - 1, description="Choice i of a prompt uses seed + i.")
+    n: Integer | None = Field(None, ge=1, le=MAX_CHOICES_PER_PROMPT)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     stop: Stop = None
     stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True, max_length=MAX_STOP_TOKEN_IDS)] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
-    min_tokens: int | None = Field(None, ge=0, le=2**31 - 1)
+    min_tokens: Integer | None = Field(None, ge=0, le=2**31 - 1)
     skip_special_tokens: bool | None = None
     return_token_ids: bool | None = None
     cache_salt: str | None = Field(
@@ -170,9 +178,12 @@ class GenerationFields(Schema):
     )
     allowed_token_ids: Annotated[list[TokenId], Field(fail_fast=True, min_length=1, max_length=2**20)] | None = None
     bad_words: Annotated[list[StopString], Field(fail_fast=True, max_length=MAX_BAD_WORDS)] | None = None
+    timeout: float | None = Field(
+        None, gt=0, le=86400, description="Seconds, after which the answer ends as it is, with finish_reason timeout."
+    )
     include_metrics: bool | None = Field(None, description="The answer's `metrics`: how long it waited and took.")
-    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="Not with stream.")
-    truncate_prompt_tokens: int | None = Field(
+    prompt_logprobs: Integer | None = Field(None, ge=0, le=MAX_LOGPROBS, description="Not with stream.")
+    truncate_prompt_tokens: Integer | None = Field(
         None, ge=-1, le=2**31 - 1, description="How many of the prompt's last tokens to keep; -1: as many as fit."
     )
     response_format: ResponseFormat | None = None
@@ -180,14 +191,14 @@ class GenerationFields(Schema):
     length_penalty: OnlyOne = None
     use_beam_search: OnlyFalse = None
     spaces_between_special_tokens: OnlyTrue = None
-    priority: int | None = Field(
+    priority: Integer | None = Field(
         None, ge=-1000, le=1000, description="The lower goes first. Needs --scheduling-policy priority, unless 0."
     )
 
 
 class CompletionRequest(GenerationFields):
     prompt: Prompt = Field(description="One prompt, or several; text or token ids.")
-    max_tokens: int | None = Field(
+    max_tokens: Integer | None = Field(
         None, ge=0, le=2**31 - 1, description="The rest of the context unless given; 0 only with echo."
     )
     echo: bool | None = None
@@ -195,7 +206,7 @@ class CompletionRequest(GenerationFields):
 
     best_of: OnlyOne = None
     suffix: OnlyEmptyString = None
-    logprobs: int | None = Field(
+    logprobs: Integer | None = Field(
         None, ge=0, le=MAX_LOGPROBS, description="How many of the likeliest tokens to tell with each token."
     )
 
@@ -298,10 +309,10 @@ class ChatPromptFields(Schema):
 
 
 class ChatRequest(GenerationFields, ChatPromptFields):
-    max_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="The rest of the context unless given.")
-    max_completion_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="Goes before max_tokens.")
+    max_tokens: Integer | None = Field(None, ge=1, le=2**31 - 1, description="The rest of the context unless given.")
+    max_completion_tokens: Integer | None = Field(None, ge=1, le=2**31 - 1, description="Goes before max_tokens.")
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="Needs logprobs.")
+    top_logprobs: Integer | None = Field(None, ge=0, le=MAX_LOGPROBS, description="Needs logprobs.")
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = Field(None, description="false: at most one call.")
     include_reasoning: bool | None = Field(None, description="Whether reasoning is told at all; true.")

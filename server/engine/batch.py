@@ -9,8 +9,8 @@ from server.engine.step import ScheduledSequence
 
 
 def fill_forward_batch(forward: ForwardBatch, entries: Rows[ScheduledSequence], block_size: int) -> None:
-    """Writes entries of a step into `forward`: one logits row per sequence that samples, at its last token, and after those one per
-    scored position."""
+    """Writes entries of a step into `forward`: one logits row per sequence that samples, at its last token, and one at each of its
+    drafts; after those one per scored position."""
     input_ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
@@ -21,12 +21,13 @@ def fill_forward_batch(forward: ForwardBatch, entries: Rows[ScheduledSequence], 
     for entry in entries:
         sequence, start, end = entry.sequence, entry.start, entry.start + entry.num_new_tokens
         input_ids += sequence.token_ids[start:end]
+        input_ids += entry.drafts
         positions += range(start, end)
         slots += slot_range(sequence.block_table, start, end, block_size)
         query_lens.append(end - start)
         seq_lens.append(end)
         if entry.samples:
-            logit_rows.append(len(input_ids) - 1)
+            logit_rows += range(len(input_ids) - 1 - len(entry.drafts), len(input_ids))
         scored_rows += (len(input_ids) - end + position for position in entry.scored)
     tables = [entry.sequence.block_table for entry in entries]
     forward.fill(input_ids, positions, slots, query_lens, seq_lens, tables, logit_rows + scored_rows)

@@ -106,14 +106,25 @@ class BlockManager:
         sequence.num_computed_tokens = len(prefix) * self.block_size
         self.extend(sequence)
 
-    def can_extend(self, sequence: Sequence) -> bool:
-        return self.blocks_for(sequence.num_tokens) - len(sequence.block_table) <= self.num_available
+    def can_extend(self, sequence: Sequence, num_drafts: int = 0) -> bool:
+        return self.blocks_for(sequence.num_tokens + num_drafts) - len(sequence.block_table) <= self.num_available
 
-    def extend(self, sequence: Sequence) -> None:
-        """Appends blocks until all the sequence's tokens have a place."""
-        assert self.can_extend(sequence)
-        for _ in range(self.blocks_for(sequence.num_tokens) - len(sequence.block_table)):
+    def extend(self, sequence: Sequence, num_drafts: int = 0) -> None:
+        """Appends blocks until all the sequence's tokens have a place, and `num_drafts` after them."""
+        assert self.can_extend(sequence, num_drafts)
+        for _ in range(self.blocks_for(sequence.num_tokens + num_drafts) - len(sequence.block_table)):
             sequence.block_table.append(self._take())
+
+    def num_spare_slots(self, sequence: Sequence) -> int:
+        """Places after the sequence's tokens in blocks that it has."""
+        return len(sequence.block_table) * self.block_size - sequence.num_tokens
+
+    def trim(self, sequence: Sequence) -> None:
+        """Gives back blocks that held nothing but drafts."""
+        while len(sequence.block_table) > self.blocks_for(sequence.num_tokens):
+            block = sequence.block_table.pop()
+            assert self._references[block] == 1 and self._hashes[block] is None
+            self._dereference(block)
 
     def publish(self, sequence: Sequence, num_computed_before: int) -> None:
         """Makes the blocks filled since `num_computed_before` findable. Called once their keys and values are written."""
@@ -138,11 +149,7 @@ class BlockManager:
         """Returns the sequence's blocks: the one way out, however the sequence ended. The last blocks go first, so that a
         prefix outlives what follows it."""
         for block in reversed(sequence.block_table):
-            assert self._references[block] > 0
-            self._references[block] -= 1
-            if not self._references[block]:
-                self._num_used -= 1
-                (self._free if self._hashes[block] is None else self._cached)[block] = None
+            self._dereference(block)
         sequence.block_table = []
         sequence.num_computed_tokens = 0
 
@@ -164,6 +171,13 @@ class BlockManager:
     def _reference(self, block: int) -> None:
         self._num_used += not self._references[block]
         self._references[block] += 1
+
+    def _dereference(self, block: int) -> None:
+        assert self._references[block] > 0
+        self._references[block] -= 1
+        if not self._references[block]:
+            self._num_used -= 1
+            (self._free if self._hashes[block] is None else self._cached)[block] = None
 
     def _hash(self, sequence: Sequence, index: int) -> bytes:
         """Hash of the sequence's full block `index`, computed once: tokens never change."""

@@ -15,6 +15,7 @@ from kernels.choice import create_backend
 from server.checkpoint_files import verified
 from server.config import EngineConfig
 from server.engine.block_manager import BlockManager
+from server.engine.drafts import Drafting, StepTime
 from server.engine.kv_cache import DEFAULT_POOL_SHARE, GPU_POOL_SHARE, plan_kv_cache
 from server.engine.matcher import GrammarFactory, GrammarQueue
 from server.engine.runner import Runner
@@ -36,6 +37,12 @@ STEP_SECONDS = 0.15
 MIN_STEP_TOKENS = 32.0
 ATTENTION_PRICE = 3.0
 """How much dearer a multiply-add of attention (fp32) is than one of the quantized linears (8-bit integers), measured."""
+
+MAX_DRAFT_ROWS = 64
+"""Rows of logits that a step's drafts may take together, beside one per sequence; on a CPU they pay in small batches alone."""
+MAX_DRAFT_ROWS_GPU = 256
+STEP_TIME_GPU = StepTime(128.0, 1.0)
+"""Reading the weights is most of a small step: so many rows more take as long again. Assumed, not measured."""
 
 GRAMMAR_WAIT_SECONDS = 0.02
 """How long an engine with nothing else to do looks away from its inbox for a grammar."""
@@ -130,6 +137,8 @@ class Engine:
         if not self.grammars:
             return
         is_idle = not self._pending_events and not self.scheduler.has_work()
+        for sequence in self.grammars.take_late(time.monotonic()):
+            self.scheduler.add(sequence)  # which ends it
         for sequence, error in self.grammars.take_ready(GRAMMAR_WAIT_SECONDS if is_idle else 0.0):
             self.scheduler.add(sequence)
             if error is not None:
@@ -158,6 +167,13 @@ def _memory(backend: Backend) -> MemoryLimit:
     return memory_limit() if device is None else MemoryLimit(*device, "GPU memory")
 
 
+def _max_draft_rows(config: EngineConfig, max_batched: int, on_gpu: bool) -> int:
+    if config.speculative is None:
+        return 0
+    most = MAX_DRAFT_ROWS_GPU if on_gpu else MAX_DRAFT_ROWS
+    return min(most, config.speculative.num_tokens * config.max_num_seqs, max_batched - 1)
+
+
 def build_engine(config: EngineConfig, epoch: int = 0) -> Engine:
     """Loads the model and sizes everything. Raises ModelError, FormatError or ValueError for what the user must mend."""
     model_dir = Path(config.model)
@@ -181,6 +197,7 @@ def build_engine(config: EngineConfig, epoch: int = 0) -> Engine:
             "a step must hold one token of every running sequence"
         )
     longest = config.max_model_len or model.max_context
+    max_draft_rows = _max_draft_rows(config, max_batched, on_gpu)
     with verified(model_dir) if config.verify_checksums else contextlib.nullcontext():
         decoder = load_decoder(model_dir, model, backend, longest)
 
@@ -195,7 +212,11 @@ def build_engine(config: EngineConfig, epoch: int = 0) -> Engine:
         backend.kv_block_nbytes(kv_spec(1)),
         decoder.weights.nbytes,
         backend.workspace_nbytes(
-            max_batched, config.max_num_seqs, model.hidden_size, model.active_intermediate_size, model.vocab_size
+            max_batched,
+            config.max_num_seqs + max_draft_rows,
+            model.hidden_size,
+            model.active_intermediate_size,
+            model.vocab_size,
         ),
         _memory(backend),
         GPU_POOL_SHARE if on_gpu else DEFAULT_POOL_SHARE,
@@ -204,9 +225,16 @@ def build_engine(config: EngineConfig, epoch: int = 0) -> Engine:
         logger.info("%s", note)
     eos_token_ids = frozenset(model.eos_token_ids)
     runner = Runner(
-        decoder, backend, kv_spec(plan.num_blocks), max_batched, config.max_num_seqs, plan.max_model_len, eos_token_ids
+        decoder,
+        backend,
+        kv_spec(plan.num_blocks),
+        max_batched,
+        config.max_num_seqs,
+        plan.max_model_len,
+        eos_token_ids,
+        max_draft_rows,
     )
-    pass_seconds, num_tokens = runner.warm_up()
+    pass_seconds, num_tokens, step_time = runner.warm_up()
     seconds_per_token = pass_seconds / num_tokens
     timed = timed_budget(model, max_batched, seconds_per_token)
     budget = StepBudget(max_batched)
@@ -220,7 +248,17 @@ def build_engine(config: EngineConfig, epoch: int = 0) -> Engine:
         logger.info("%s", notes[-1])
     block_manager = BlockManager(plan.num_blocks, config.block_size, config.enable_prefix_caching)
     aging = config.priority_aging_seconds if config.scheduling_policy == "priority" else None
-    scheduler = Scheduler(block_manager, config.max_num_seqs, budget, plan.max_model_len, eos_token_ids, aging)
+    drafting = None
+    if config.speculative is not None:
+        drafting = Drafting(config.speculative, STEP_TIME_GPU if on_gpu else step_time, max_draft_rows)
+        notes.append(
+            f"drafts of up to {config.speculative.num_tokens} tokens: at batch 1 worth while with a chance of "
+            f"{drafting.step_time.marginal_share(1):.0%}, at 16 with {drafting.step_time.marginal_share(16):.0%}"
+        )
+        logger.info("%s", notes[-1])
+    scheduler = Scheduler(
+        block_manager, config.max_num_seqs, budget, plan.max_model_len, eos_token_ids, aging, drafting
+    )
     info = EngineInfo(epoch, plan.max_model_len, plan.num_blocks, config.block_size, backend.name, notes)
     grammars = GrammarQueue(GrammarFactory(model_dir / "tokenizer.json", model.vocab_size, eos_token_ids))
     return Engine(scheduler, runner, info, config.seed, grammars, StepForecast(timed, seconds_per_token, pass_seconds))

@@ -48,7 +48,9 @@ class LogitRules:
         self._penalties: Penalties | None = None
         if sampling.repetition_penalty != 1.0 or sampling.frequency_penalty or sampling.presence_penalty:
             self._penalties = self._new_penalties(backend, prompt_token_ids, vocab_size)
-        self._num_counted = 0  # output tokens
+        # The history's tokens: the first ones of the output, and those after them, which may have been drafts.
+        self._num_settled = 0
+        self._unsettled: list[int] = []
 
     def bias(self, output: Sequence[int]) -> dict[int, float]:
         """What to add to which token's logit after this output; -inf to those that would complete a bad word."""
@@ -59,12 +61,22 @@ class LogitRules:
                 bias[word[-1]] = -float("inf")
         return bias
 
-    def penalties(self, output: Sequence[int]) -> Penalties | None:
-        """Of this output, which may have grown since the last call and has not shrunk."""
+    def penalties(self, output: Sequence[int], num_drafts: int = 0) -> Penalties | None:
+        """Of this output, whose last tokens may be drafts; what is none stays part of the output in later calls."""
         if self._penalties is not None:
-            for token_id in output[self._num_counted :]:
+            unsettled = list(output[self._num_settled :])
+            num_equal = 0
+            while num_equal < min(len(unsettled), len(self._unsettled)):
+                if unsettled[num_equal] != self._unsettled[num_equal]:
+                    break
+                num_equal += 1
+            for token_id in self._unsettled[num_equal:]:
+                self._penalties.history.narrow(0, token_id, 1).sub_(1)
+            for token_id in unsettled[num_equal:]:
                 self._penalties.history.narrow(0, token_id, 1).add_(1)
-            self._num_counted = len(output)
+            num_new = len(unsettled) - num_drafts
+            self._num_settled += num_new
+            self._unsettled = unsettled[num_new:]
         return self._penalties
 
     def _new_penalties(self, backend: Backend, prompt_token_ids: Sequence[int], vocab_size: int) -> Penalties:

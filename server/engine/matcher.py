@@ -44,6 +44,16 @@ class GrammarMatcher:
         """Moves on by one output token. False when the grammar has failed; `error` says why."""
         return self._matcher.consume_token(token_id)
 
+    def num_valid(self, token_ids: list[int]) -> int:
+        """How many of these, from the first on, may come one after the other."""
+        return self._matcher.validate_tokens(token_ids)
+
+    def rewind(self, num_tokens: int) -> None:
+        """Takes back the last tokens that were accepted."""
+        if num_tokens:
+            is_back = self._matcher.rollback(num_tokens)
+            assert is_back, self.error
+
     def allowed(self, vocab_size: int) -> TokenMask | None:
         """The tokens that may come next. None when the grammar has failed."""
         begin = time.thread_time()
@@ -102,6 +112,17 @@ class GrammarQueue:
         """The sequence, which is not to be waited for any more; None where it is not here."""
         pending = self._pending.pop(request_id, None)
         return None if pending is None else pending[0]
+
+    def take_late(self, now: float) -> list[Sequence]:
+        """Those whose deadline has passed: they wait for nothing any more."""
+        late = [
+            sequence
+            for sequence, _ in self._pending.values()
+            if sequence.request.deadline is not None and sequence.request.deadline <= now
+        ]
+        for sequence in late:
+            del self._pending[sequence.request_id]
+        return late
 
     def take_ready(self, seconds: float) -> list[tuple[Sequence, str | None]]:
         """Those that have their matcher, or the reason why they get none. Waits up to `seconds` for one of them."""

@@ -31,11 +31,11 @@ class PooledStates:
         self._num_tokens = max(self._num_tokens, end)
 
     def embedding(self) -> list[float] | None:
-        """At unit length, which makes a mean of the sum; None where there is no such thing."""
+        """At unit length, which makes a mean of the sum; zeros stay zeros. None where it is not finite."""
         length = np.sqrt(np.square(self._total).sum())
-        if not np.isfinite(length) or length == 0.0:
+        if not np.isfinite(length):
             return None
-        return (self._total / length).astype(np.float32).tolist()
+        return (self._total / (length or 1.0)).astype(np.float32).tolist()
 
 
 def pool_states(entries: Rows[ScheduledSequence], states: Tensor) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels.backend import Backend, KVCacheSpec, SampledRows
 from server.engine.batch import fill_forward_batch
+from server.engine.drafts import StepTime
 from server.engine.logits import Scores
 from server.engine.pooling import pool_states
 from server.engine.sampler import Sampler
@@ -43,54 +44,60 @@ class Runner:
         max_num_seqs: int,
         max_model_len: int,
         eos_token_ids: frozenset[int],
+        max_draft_rows: int = 0,
     ) -> None:
         self.decoder = decoder
         self.backend = backend
         self.block_size = kv_spec.block_size
         self.vocab_size = decoder.config.vocab_size
         max_blocks = -(-max_model_len // kv_spec.block_size)
-        self.batch, sampling = backend.allocate_batches(max_num_batched_tokens, max_num_seqs, max_blocks, max_num_seqs)
+        self.batch, sampling = backend.allocate_batches(
+            max_num_batched_tokens, max_num_seqs, max_blocks, max_num_seqs + max_draft_rows
+        )
         self.kv = backend.allocate_kv(kv_spec)
         self.sampler = Sampler(backend, sampling, eos_token_ids)
         self.program = backend.record(lambda: decoder.forward(self.batch, self.kv), self.batch)
 
     @torch.inference_mode()
-    def warm_up(self) -> tuple[float, int]:
+    def warm_up(self) -> tuple[float, int, StepTime]:
         """Runs small batches, so that the first request finds everything compiled and paged in. Returns the seconds that the last
-        of them took, and its number of tokens. They write to the first blocks, which nothing refers to yet."""
+        of them took, its number of tokens, and what a step takes by them. They write to the first blocks, which nothing refers
+        to yet."""
         length = min(self.batch.max_tokens, WARM_UP_TOKENS, self.batch.block_tables.shape[1] * self.block_size)
+        self._time(length)
+        one, many = min(self._time(1), self._time(1)), self._time(length)
+        per_row = max(many - one, 0.0) / max(length - 1, 1)
+        return many, length, StepTime(max(one - per_row, 0.0), max(per_row, 1e-9))
+
+    def _time(self, length: int) -> float:
         tokens, blocks = range(length), range(-(-length // self.block_size))
-        seconds = 0.0
-        for _ in range(2):
-            self.batch.fill([0] * length, tokens, tokens, [length], [length], [blocks], [length - 1])
-            sampling = self.sampler.fill([])
-            started = time.perf_counter()
-            self.backend.sample(self.program.run()[:1], sampling).to_host()  # which waits
-            seconds = time.perf_counter() - started
-        return seconds, length
+        self.batch.fill([0] * length, tokens, tokens, [length], [length], [blocks], [length - 1])
+        sampling = self.sampler.fill([])
+        started = time.perf_counter()
+        self.backend.sample(self.program.run()[:1], sampling).to_host()  # which waits
+        return time.perf_counter() - started
 
     @torch.inference_mode()
     def launch(self, scheduled: ScheduledBatch) -> StepHandle:
         self._pool(scheduled.only(pooling=True))
         entries = scheduled.only(pooling=False)
-        sequences = scheduled.sampling
         if not entries:
             return StepHandle(None, {}, {}, [])
         fill_forward_batch(self.batch, entries, self.block_size)
-        sampling = self.sampler.fill(sequences)
+        rows = scheduled.rows
+        sampling = self.sampler.fill(rows)
         logits: Tensor = self.program.run()
-        num_rows = len(sequences)
-        prompt_scores = self._score_prompts(scheduled, logits[num_rows:])
-        if not sequences:
+        prompt_scores = self._score_prompts(scheduled, logits[len(rows) :])
+        if not rows:
             return StepHandle(None, {}, {}, prompt_scores)
-        rows = logits[:num_rows]
+        logits = logits[: len(rows)]
         scores = {
-            row: Scores(rows[row], sequence.sampling.num_logprobs)
-            for row, sequence in enumerate(sequences)
-            if sequence.sampling.num_logprobs is not None
+            index: Scores(logits[index], row.sequence.sampling.num_logprobs)
+            for index, row in enumerate(rows)
+            if row.sequence.sampling.num_logprobs is not None
         }
-        errors = self.sampler.apply_rules(sequences, rows)
-        return StepHandle(self.backend.sample(rows, sampling), scores, errors, prompt_scores)
+        errors = self.sampler.apply_rules(rows, logits)
+        return StepHandle(self.backend.sample(logits, sampling), scores, errors, prompt_scores)
 
     def _pool(self, entries: list[ScheduledSequence]) -> None:
         """A pass of its own for prompts that are embedded: it ends in hidden states of every token, and in no logits. Waits for
@@ -108,7 +115,7 @@ class Runner:
         ]
 
     def collect(self, handle: StepHandle) -> list[SampledToken]:
-        """One entry per sequence of the step's `sampling`. Scored prompts get what was found out about them."""
+        """One entry per row of the step. Scored prompts get what was found out about them."""
         for sequence, position, scores in handle.prompt_scores:
             sequence.prompt_logprobs.append(scores.of(sequence.token_ids[position + 1]))
         if handle.sampled is None:

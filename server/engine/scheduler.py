@@ -16,8 +16,9 @@ from collections.abc import Sequence as Rows
 from dataclasses import dataclass, replace
 
 from server.engine.block_manager import BlockManager
+from server.engine.drafts import DraftCounts, Drafter, Drafting
 from server.engine.sequence import Sequence, SequenceStatus
-from server.engine.step import ScheduledBatch, Step, StepBudget
+from server.engine.step import ScheduledBatch, ScheduledSequence, Step, StepBudget
 from server.types import FinishReason, StepStats, TokenEvent, TokenLogprob
 
 
@@ -46,6 +47,7 @@ class Scheduler:
         max_model_len: int,
         eos_token_ids: frozenset[int],
         priority_aging_seconds: float | None = None,
+        drafting: Drafting | None = None,
     ) -> None:
         assert 0 < max_num_seqs <= budget.max_tokens
         assert block_manager.num_blocks * block_manager.block_size >= max_model_len
@@ -55,6 +57,8 @@ class Scheduler:
         self.max_model_len = max_model_len
         self.eos_token_ids = eos_token_ids
         self.priority_aging_seconds = priority_aging_seconds
+        self.drafting = drafting
+        self._draft_counts = DraftCounts()
         self._arrivals = itertools.count()
         self.waiting: list[Sequence] = []  # by rank
         self.running: list[Sequence] = []
@@ -75,27 +79,18 @@ class Scheduler:
 
     # Before the step.
     def schedule(self, now: float) -> ScheduledBatch:
+        self._draft_counts = DraftCounts()
         while self._alone and (self._alone[0].first_token or self._alone[0].status is SequenceStatus.FINISHED):
             del self._alone[0]
         if self._alone:
             return self._schedule_alone(self._alone[0], now)
-        step = Step(self.budget, self.max_num_seqs)
-        num_preemptions = 0
-        # Decodes before chunks; within each, the order of admission. Preemption takes the one of the last rank.
-        for sequence in sorted(self.running, key=lambda s: not s.is_decoding):
-            if step.is_full:
-                break
-            if sequence.status is not SequenceStatus.RUNNING:
-                continue  # preempted by an earlier one in this very loop
-            while not self.block_manager.can_extend(sequence):
-                victim = self._preempt_last()
-                step.remove(victim)
-                num_preemptions += 1
-                if victim is sequence:
-                    break
-            if sequence.status is SequenceStatus.RUNNING:
-                self.block_manager.extend(sequence)
-                step.add(sequence)
+        step = Step(self.budget, self.max_num_seqs + (self.drafting.max_rows if self.drafting else 0))
+        decodes = [sequence for sequence in self.running if sequence.is_decoding]
+        chunks = [sequence for sequence in self.running if not sequence.is_decoding]
+        # Within each, the order of admission. Drafts come once every decode has its block.
+        num_preemptions = self._add_running(step, decodes)
+        self._add_drafts(step)
+        num_preemptions += self._add_running(step, chunks)
         queries = hits = 0
         while not num_preemptions and not step.is_full:
             admitted = self._admit(now)
@@ -105,6 +100,51 @@ class Scheduler:
             hits += admitted.num_computed_tokens
             step.add(admitted)
         return ScheduledBatch(step.entries, queries, hits, num_preemptions)
+
+    def _add_running(self, step: Step, sequences: Rows[Sequence]) -> int:
+        """Adds what fits, preempting those of the last rank where blocks are missing. Returns how many were."""
+        num_preemptions = 0
+        for sequence in sequences:
+            if step.is_full:
+                break
+            if sequence.status is not SequenceStatus.RUNNING:
+                continue  # preempted by an earlier one
+            while not self.block_manager.can_extend(sequence):
+                victim = self._preempt_last()
+                step.remove(victim)
+                num_preemptions += 1
+                if victim is sequence:
+                    break
+            if sequence.status is SequenceStatus.RUNNING:
+                self.block_manager.extend(sequence)
+                step.add(sequence)
+        return num_preemptions
+
+    def _add_drafts(self, step: Step) -> None:
+        """To the decodes of a step. Nobody is preempted for a draft, or waits for the block that it takes."""
+        if self.drafting is None:
+            return
+        least_chance = self.drafting.step_time.marginal_share(len(step.entries))
+        room = step.room_for_drafts(self.drafting.max_rows)
+        for index, entry in enumerate(step.entries):
+            sequence = entry.sequence
+            if sequence.drafter is None:
+                sequence.drafter = Drafter(self.drafting.ngrams)
+            # The step gives one token more than the drafts it accepts.
+            limit = min(room, sequence.num_tokens_left(self.max_model_len) - 1, self._num_draft_slots(sequence))
+            if limit <= 0:
+                continue
+            drafts = sequence.drafter.propose(sequence.token_ids, limit, least_chance)
+            if drafts and sequence.matcher is not None:
+                drafts = drafts[: sequence.matcher.num_valid(drafts)]
+            if drafts:
+                self.block_manager.extend(sequence, len(drafts))
+                step.add_drafts(index, drafts)
+                room -= len(drafts)
+
+    def _num_draft_slots(self, sequence: Sequence) -> int:
+        spare = self.block_manager.num_spare_slots(sequence)
+        return spare if self.waiting else spare + self.block_manager.num_available * self.block_manager.block_size
 
     def _admit(self, now: float) -> Sequence | None:
         """Moves the first waiting sequence to running, if a seat and blocks are there. A sibling whose leader is still filling
@@ -166,22 +206,24 @@ class Scheduler:
 
     # After the step.
     def postprocess(self, batch: ScheduledBatch, sampled: Rows[SampledToken], now: float) -> list[TokenEvent]:
-        """Counts what was computed, publishes full blocks, appends the sampled tokens and ends what is done.
+        """Appends the sampled tokens, counts what was computed, publishes full blocks and ends what is done.
 
-        `sampled` has one entry per sequence of `batch.sampling`. Sequences that ended while the step ran are passed over.
+        `sampled` has one entry per row of `batch.rows`. Sequences that ended while the step ran are passed over.
         """
         events: list[TokenEvent] = []
-        rows = iter(sampled)
+        first = 0
         for entry in batch.entries:
             sequence = entry.sequence
-            row = next(rows) if entry.samples else None
+            rows = sampled[first : first + 1 + len(entry.drafts)] if entry.samples else []
+            first += len(rows)
             if sequence.status is not SequenceStatus.RUNNING:
+                continue
+            if rows:
+                events.append(self._advance(entry, rows, now))
                 continue
             sequence.num_computed_tokens = entry.start + entry.num_new_tokens
             self.block_manager.publish(sequence, entry.start)
-            if row is not None:
-                events.append(self._append(sequence, row, now))
-            elif entry.is_last_chunk:
+            if entry.is_last_chunk:
                 events.append(self._finish_pooled(sequence, now))
         return events
 
@@ -193,28 +235,65 @@ class Scheduler:
             return self._finish_non_finite(sequence, "the model's hidden states were not finite", now)
         return replace(self.finish(sequence, FinishReason.STOP, now), embedding=embedding)
 
-    def _append(self, sequence: Sequence, row: SampledToken, now: float) -> TokenEvent:
-        error = row.error
-        if error is None and row.token_id is not None and sequence.matcher is not None:
-            error = None if sequence.matcher.accept(row.token_id) else sequence.matcher.error
-        if error is not None:
-            event = self.finish(sequence, FinishReason.ERROR, now, error=error)
-            return replace(event, is_request_fault=True)
-        if row.token_id is None:
+    def _advance(self, entry: ScheduledSequence, rows: Rows[SampledToken], now: float) -> TokenEvent:
+        """Appends the first row's token, and further rows' as long as the drafts before them were right and nothing has
+        ended the sequence."""
+        sequence = entry.sequence
+        taken: list[SampledToken] = []
+        error: str | None = None
+        reason: FinishReason | None = None
+        for row, draft in zip(rows, (*entry.drafts, None), strict=True):
+            error = self._error_of(sequence, row)
+            if error is not None or row.token_id is None:
+                break
+            sequence.token_ids.append(row.token_id)
+            taken.append(row)
+            reason = sequence.finish_reason(self.max_model_len, self.eos_token_ids)
+            if reason is not None or row.token_id != draft:
+                break
+        # The last token taken is still to be computed, or is again where a draft was right and its row of no use.
+        sequence.num_computed_tokens = entry.start + entry.num_new_tokens - len(entry.drafts) + max(len(taken) - 1, 0)
+        self.block_manager.publish(sequence, entry.start)
+        if entry.drafts:
+            self._count_drafts(entry, taken)
+        if taken:
+            return self._tell(sequence, taken, reason, now)
+        if error is None:
             return self._finish_non_finite(sequence, "the model's logits were not finite", now)
-        sequence.token_ids.append(row.token_id)
+        return replace(self.finish(sequence, FinishReason.ERROR, now, error=error), is_request_fault=True)
+
+    @staticmethod
+    def _error_of(sequence: Sequence, row: SampledToken) -> str | None:
+        """What the request itself brought about. Moves its grammar on."""
+        if row.error is not None or row.token_id is None or sequence.matcher is None:
+            return row.error
+        return None if sequence.matcher.accept(row.token_id) else sequence.matcher.error
+
+    def _count_drafts(self, entry: ScheduledSequence, taken: Rows[SampledToken]) -> None:
+        sequence = entry.sequence
+        num_accepted = sum(row.token_id == draft for row, draft in zip(taken, entry.drafts, strict=False))
+        self._draft_counts.add(len(entry.drafts), num_accepted)
+        if sequence.drafter is not None:
+            sequence.drafter.learn(len(entry.drafts), num_accepted)
+        self.block_manager.trim(sequence)
+
+    def _tell(
+        self, sequence: Sequence, taken: Rows[SampledToken], reason: FinishReason | None, now: float
+    ) -> TokenEvent:
+        """The event of tokens that were appended, with `reason` where the last one ends the sequence."""
+        token_ids = [row.token_id for row in taken if row.token_id is not None]
         is_first = sequence.first_token is None
         if is_first:
             sequence.first_token = now
-        reason = sequence.finish_reason(self.max_model_len, self.eos_token_ids)
         if reason is None:
             timings = sequence.timings(now) if is_first else None
-            event = TokenEvent(sequence.request_id, [row.token_id], sequence.num_cached_tokens, timings=timings)
+            event = TokenEvent(sequence.request_id, token_ids, sequence.num_cached_tokens, timings=timings)
         else:
             stop_token_id = sequence.stop_token_id(self.eos_token_ids) if reason is FinishReason.STOP else None
-            event = self.finish(sequence, reason, now, token_ids=[row.token_id], stop_token_id=stop_token_id)
-        if row.logprob is not None:
-            event = replace(event, logprobs=[row.logprob])
+            event = self.finish(sequence, reason, now, token_ids=token_ids, stop_token_id=stop_token_id)
+        logprobs = [row.logprob for row in taken if row.logprob is not None]
+        if logprobs:
+            event = replace(event, logprobs=logprobs)
         if is_first and sequence.sampling.num_prompt_logprobs is not None:
             event = replace(event, prompt_logprobs=sequence.prompt_logprobs)
         return event
@@ -264,6 +343,7 @@ class Scheduler:
     ) -> StepStats:
         """The state now; the admission counts are those of `batch`."""
         counts = self.block_manager.counts
+        drafts = self._draft_counts if batch else DraftCounts()
         return StepStats(
             num_running=len(self.running),
             num_waiting=len(self.waiting),
@@ -276,4 +356,7 @@ class Scheduler:
             num_prefix_hits=batch.num_prefix_hits if batch else 0,
             num_preemptions=batch.num_preemptions if batch else 0,
             step_seconds=step_seconds,
+            num_drafts=drafts.num_drafts,
+            num_draft_tokens=drafts.num_tokens,
+            num_accepted_per_position=drafts.accepted_per_position,
         )

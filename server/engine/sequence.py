@@ -16,7 +16,8 @@ from server.types import (
     TokenLogprob,
 )
 
-if TYPE_CHECKING:  # they need torch, which nothing else here does
+if TYPE_CHECKING:  # all but the drafter need torch, which nothing else here does
+    from server.engine.drafts import Drafter
     from server.engine.logits import LogitRules
     from server.engine.matcher import GrammarMatcher
     from server.engine.pooling import PooledStates
@@ -46,6 +47,7 @@ class Sequence:
     first_token: float | None = None
     rules: LogitRules | None = None  # made by the sampler where the request has any
     matcher: GrammarMatcher | None = None
+    drafter: Drafter | None = None
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # of prompt tokens 1 on, as far as computed
     pooled: PooledStates | None = None  # of a prompt to embed, as far as computed
     rank: tuple[float, int] = (0.0, 0)  # the scheduler's: the lesser goes first
@@ -90,6 +92,10 @@ class Sequence:
     @property
     def num_output_tokens(self) -> int:
         return self.num_tokens - self.num_prompt_tokens
+
+    def num_tokens_left(self, max_model_len: int) -> int:
+        """Output tokens that may still come."""
+        return min(self.sampling.max_tokens - self.num_output_tokens, max_model_len - self.num_tokens)
 
     @property
     def num_uncomputed_tokens(self) -> int:

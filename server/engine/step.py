@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass, replace
 
 from server.engine.sequence import Sequence
 
@@ -36,21 +37,46 @@ class StepBudget:
 
 
 @dataclass(frozen=True, slots=True)
+class SamplingRow:
+    """A row of logits that a token is sampled from: the one that follows the sequence's tokens and `drafts`."""
+
+    sequence: Sequence
+    drafts: tuple[int, ...] = ()
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Before the token that is sampled."""
+        return self.sequence.num_output_tokens + len(self.drafts)
+
+    @property
+    def output(self) -> list[int]:
+        return [*self.sequence.token_ids[self.sequence.num_prompt_tokens :], *self.drafts]
+
+
+@dataclass(frozen=True, slots=True)
 class ScheduledSequence:
-    """`num_new_tokens` tokens of the sequence from position `start` on are computed in this step."""
+    """`num_new_tokens` tokens from position `start` on are computed in this step: the sequence's, then `drafts`."""
 
     sequence: Sequence
     start: int
     num_new_tokens: int
+    drafts: tuple[int, ...] = ()
 
     @property
     def is_last_chunk(self) -> bool:
         """The newest token is computed."""
-        return self.start + self.num_new_tokens == self.sequence.num_tokens
+        return self.start + self.num_new_tokens - len(self.drafts) == self.sequence.num_tokens
 
     @property
     def samples(self) -> bool:
         return self.is_last_chunk and self.sequence.pooling is None
+
+    @property
+    def rows(self) -> list[SamplingRow]:
+        """One after the newest token, and one after each draft."""
+        if not self.samples:
+            return []
+        return [SamplingRow(self.sequence, self.drafts[:count]) for count in range(len(self.drafts) + 1)]
 
     @property
     def scored(self) -> range:
@@ -64,7 +90,7 @@ class ScheduledSequence:
 
 @dataclass(frozen=True, slots=True)
 class ScheduledBatch:
-    """A step. Rows of logits belong to `sampling`, in that order, and then to the entries' `scored` positions."""
+    """A step. Rows of logits belong to `rows`, in that order, and then to the entries' `scored` positions."""
 
     entries: list[ScheduledSequence]
     num_prefix_queries: int
@@ -72,8 +98,8 @@ class ScheduledBatch:
     num_preemptions: int
 
     @property
-    def sampling(self) -> list[Sequence]:
-        return [entry.sequence for entry in self.entries if entry.samples]
+    def rows(self) -> list[SamplingRow]:
+        return [row for entry in self.entries for row in entry.rows]
 
     def only(self, pooling: bool) -> list[ScheduledSequence]:
         """The entries whose prompts are embedded, or those of sequences that generate."""
@@ -125,6 +151,20 @@ class Step:
         self.entries.append(ScheduledSequence(sequence, start, num_new_tokens))
         self._charge(self.entries[-1], 1)
 
+    def room_for_drafts(self, max_rows: int) -> int:
+        """Rows that drafts may take, `max_rows` at most: half of what decodes have left stays for prompts."""
+        cost = self.budget.cost(0, 1)
+        affordable = self._tokens_left if math.isinf(self._cost_left) else int(self._cost_left / cost)
+        return max(0, min(max_rows, self._rows_left, self._tokens_left // 2, affordable // 2))
+
+    def add_drafts(self, index: int, drafts: Rows[int]) -> None:
+        """To the entry at `index`, whose sequence decodes."""
+        entry = self.entries[index]
+        assert entry.sequence.is_decoding and not entry.drafts
+        self._charge(entry, -1)
+        self.entries[index] = replace(entry, num_new_tokens=1 + len(drafts), drafts=tuple(drafts))
+        self._charge(self.entries[index], 1)
+
     def remove(self, sequence: Sequence) -> None:
         """Takes a preempted sequence out again, if it is in."""
         for entry in self.entries:
@@ -135,4 +175,5 @@ class Step:
     def _charge(self, entry: ScheduledSequence, sign: int) -> None:
         self._tokens_left -= sign * entry.num_new_tokens
         self._cost_left -= sign * self.budget.cost(entry.start, entry.num_new_tokens)
-        self._rows_left -= sign * (entry.num_new_tokens if entry.sequence.num_unscored_tokens else 1)
+        takes_all_rows = entry.sequence.num_unscored_tokens or entry.drafts
+        self._rows_left -= sign * (entry.num_new_tokens if takes_all_rows else 1)

@@ -17,7 +17,7 @@ from kernels.backend import BackendOptions, KVCacheSpec
 from kernels.batch import ForwardBatch
 from kernels.gpu.backend import GpuBackend
 from kernels.reference import ReferenceBackend
-from server.config import EngineConfig
+from server.config import EngineConfig, NgramSpeculation
 from server.engine.engine import Engine, build_engine
 from server.model_config import load_model_config
 from server.models.decoder import Decoder
@@ -157,7 +157,7 @@ def engine_of(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, device: HostDev
 REQUESTS = [(9, 0.0), (20, 0.0), (5, 0.8)]
 
 
-def serve(engine: Engine, max_tokens: int = 4) -> dict[str, list[int]]:
+def serve(engine: Engine, max_tokens: int = 4, **rules: Any) -> dict[str, list[int]]:
     outputs: dict[str, list[int]] = {}
     for index, (length, temperature) in enumerate(REQUESTS):
         params = SamplingParams(
@@ -167,12 +167,36 @@ def serve(engine: Engine, max_tokens: int = 4) -> dict[str, list[int]]:
             seed=index,
             min_tokens=max_tokens,
             ignore_eos=False,
+            **rules,
         )
         engine.submit(GenerateRequest(str(index), random_tokens(length, index), params, time.monotonic()))
     while engine.has_work():
         for event in engine.step().events:
             outputs.setdefault(event.request_id, []).extend(event.token_ids)
     return outputs
+
+
+@pytest.mark.slow
+def test_drafts_change_nothing_where_the_batch_changes_nothing(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps with drafts run op by op, beside graphs of decodes."""
+    rules = {"allowed_token_ids": (40, 41), "frequency_penalty": 0.5, "bad_words": ((40, 40, 40),)}
+    plain = engine_of(checkpoint, monkeypatch, HostDevice(), batch_invariant=True)
+    drafted = engine_of(
+        checkpoint, monkeypatch, HostDevice(), batch_invariant=True, speculative=NgramSpeculation(3, 1, 2)
+    )
+    step, accepted = Engine.step, [0, 0]
+
+    def counting(self: Engine) -> Any:
+        output = step(self)
+        accepted[0] += output.stats.num_draft_tokens
+        accepted[1] += sum(output.stats.num_accepted_per_position)
+        return output
+
+    monkeypatch.setattr(Engine, "step", counting)
+    assert serve(drafted, 9, **rules) == serve(plain, 9, **rules)
+    assert 2 <= accepted[1] < accepted[0]
 
 
 @pytest.mark.slow

@@ -146,21 +146,25 @@ def reference_tokens(logits: Tensor, **params: list) -> tuple[Tensor, Tensor, Sa
 
 def device_tokens(logits: Tensor, batch: SamplingBatch) -> tuple[Tensor, Tensor]:
     result = torch.full((2, logits.shape[0] + 3), -7, dtype=torch.int32)
-    sampling.sample(logits, batch.temperature, batch.top_k, batch.top_p, batch.min_p, batch.seed, batch.index, result)
+    sampling.sample(
+        logits, batch.temperature, batch.top_k, batch.top_p, batch.min_p, batch.typical_p, batch.seed, batch.index, result
+    )  # fmt: skip
     assert (result[:, logits.shape[0] :] == -7).all()
     return result[0, : logits.shape[0]], result[1, : logits.shape[0]].bool()
 
 
 SETTINGS = [
-    # temperature, top_k, top_p, min_p
-    (0.0, 0, 1.0, 0.0),
-    (1.0, 0, 1.0, 0.0),
-    (0.7, 5, 1.0, 0.0),
-    (1.3, 0, 0.8, 0.0),
-    (1.0, 0, 1.0, 0.1),
-    (1.5, 12, 0.9, 0.02),
-    (0.3, 1, 0.5, 0.0),
-    (2.0, 1000, 0.01, 0.5),
+    # temperature, top_k, top_p, min_p, typical_p
+    (0.0, 0, 1.0, 0.0, 0.5),
+    (1.0, 0, 1.0, 0.0, 1.0),
+    (0.7, 5, 1.0, 0.0, 1.0),
+    (1.3, 0, 0.8, 0.0, 1.0),
+    (1.0, 0, 1.0, 0.1, 1.0),
+    (1.5, 12, 0.9, 0.02, 1.0),
+    (0.3, 1, 0.5, 0.0, 1.0),
+    (2.0, 1000, 0.01, 0.5, 1.0),
+    (1.0, 0, 1.0, 0.0, 0.5),
+    (1.8, 8, 0.9, 0.01, 0.8),
 ]
 
 
@@ -176,7 +180,7 @@ def test_sampled_tokens_equal_the_reference(vocabulary: int) -> None:
     seeds = torch.randint(-(2**62), 2**62, (rows,), generator=generator).tolist()
     expected, finite, batch = reference_tokens(
         logits, temperature=list(params[0]), top_k=list(params[1]), top_p=list(params[2]), min_p=list(params[3]),
-        seed=seeds, index=[7 * row + (row % 2 << 33) for row in range(rows)],
+        seed=seeds, index=[7 * row + (row % 2 << 33) for row in range(rows)], typical_p=list(params[4]),
     )  # fmt: skip
     got, sound = device_tokens(logits, batch)
     assert got.tolist() == expected.tolist() and sound.tolist() == finite.tolist()

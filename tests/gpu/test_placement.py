@@ -19,6 +19,7 @@ from kernels.backend import RotaryTable
 from kernels.gpu.backend import GpuBackend, GpuSampledRows
 from kernels.gpu.launch import Launch
 from kernels.gpu.tuning import CHIPS
+from server.config import NgramSpeculation
 from server.models.decoder import Decoder
 from server.types import GenerateRequest, SamplingParams
 from tests.gpu.devices import FakeCudaDevice, cuda_engine
@@ -35,14 +36,17 @@ def serve(
     """Prefill in chunks, mixed steps and decodes; one wait per step that samples, and never a value read before it."""
     engine = cuda_engine(checkpoint, max_model_len=200, max_num_batched_tokens=48, **options)
     assert engine.info.backend == "gpu"
+    num_accepted = 0
     for index, length in enumerate((3, 100, 40)):
-        params = SamplingParams(max_tokens=3, temperature=float(index), top_k=4, min_tokens=2, **(rules or {}))
+        params = SamplingParams(max_tokens=9, temperature=float(index), top_k=4, min_tokens=2, **(rules or {}))
         engine.submit(GenerateRequest(str(index), list(range(3, 3 + length)), params, time.monotonic()))
     while engine.has_work():
         device.waits = device.uploads = 0
         output = engine.step()
         assert device.waits <= 1 and device.uploads <= max_uploads
         assert not any(event.error for event in output.events)
+        num_accepted += sum(output.stats.num_accepted_per_position)
+    assert (num_accepted > 6) == ("speculative" in options)
 
 
 @pytest.mark.parametrize("options", [{}, {"batch_invariant": True}], ids=str)
@@ -66,7 +70,15 @@ def test_mixtures_stay_on_their_device_and_compile_nothing_for_a_request(
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"kv_cache_dtype": "int8"}, {"dtype": "bfloat16"}, {"batch_invariant": True}], ids=str
+    "options",
+    [
+        {},
+        {"kv_cache_dtype": "int8"},
+        {"dtype": "bfloat16"},
+        {"batch_invariant": True},
+        {"speculative": NgramSpeculation(4, 1)},
+    ],
+    ids=str,
 )
 def test_engine_steps_stay_on_their_device(checkpoint: Path, device: FakeCudaDevice, options: dict[str, Any]) -> None:
     serve(checkpoint, device, **options)
@@ -83,6 +95,8 @@ def test_engine_steps_stay_on_their_device(checkpoint: Path, device: FakeCudaDev
 def test_rules_stay_on_the_device(checkpoint: Path, device: FakeCudaDevice, rules: dict[str, Any]) -> None:
     # Each of three requests brings its history and factors once, and its mask at every step.
     serve(checkpoint, device, rules, max_uploads=2 + 3 * 3)
+    # And with drafts a mask per row, of which there are up to five.
+    serve(checkpoint, device, rules, max_uploads=2 + 3 * (2 + 5), speculative=NgramSpeculation(4, 1))
 
 
 def test_a_planted_device_mix_is_caught(
@@ -136,6 +150,7 @@ def test_a_planted_second_wait_is_caught(
         pytest.param("H100-SXM", {}, marks=pytest.mark.slow),
         pytest.param("T4", {}, marks=pytest.mark.slow),
         ("H100-SXM", {"batch_invariant": True}),
+        ("A100-80GB", {"speculative": NgramSpeculation(6, 1)}),
     ],
     ids=str,
 )

@@ -267,22 +267,28 @@ def test_random_numbers_are_the_references() -> None:
 @pytest.mark.parametrize("spread", [0.01, 3.0, 30.0])
 def test_sampling(backend: CpuBackend, vocab_size: int, spread: float) -> None:
     torch.manual_seed(vocab_size)
-    settings = [
-        (0.0, 0, 1.0, 0.0),
-        (1.0, 0, 1.0, 0.0),
-        (0.7, 5, 1.0, 0.0),
-        (1.0, 0, 0.9, 0.0),
-        (1.5, 50, 0.95, 0.0),
-        (1.0, 0, 1.0, 0.2),
-        (0.9, 3, 0.3, 0.05),
-        (2.0, 10**6, 1e-6, 0.0),
+    settings = [  # temperature, top_k, top_p, min_p, typical_p
+        (0.0, 0, 1.0, 0.0, 0.5),
+        (1.0, 0, 1.0, 0.0, 1.0),
+        (0.7, 5, 1.0, 0.0, 1.0),
+        (1.0, 0, 0.9, 0.0, 1.0),
+        (1.5, 50, 0.95, 0.0, 1.0),
+        (1.0, 0, 1.0, 0.2, 1.0),
+        (0.9, 3, 0.3, 0.05, 1.0),
+        (2.0, 10**6, 1e-6, 0.0, 1.0),
+        (1.0, 0, 1.0, 0.0, 0.5),
+        (1.7, 0, 1.0, 0.0, 0.95),
+        (1.0, 20, 0.9, 0.001, 0.4),
+        (1.0, 0, 0.5, 0.0, 1e-6),
     ]
     sampling = SamplingBatch.allocate(len(settings), torch.device("cpu"))
     differences = 0
     for trial in range(25):
         logits = torch.randn(len(settings), vocab_size) * spread
         columns = zip(*settings, strict=True)
-        sampling.fill(*columns, seed=[trial] * len(settings), index=list(range(len(settings))))  # type: ignore[arg-type]
+        temperature, top_k, top_p, min_p, typical_p = map(list, columns)
+        numbers = [trial] * len(settings), list(range(len(settings)))
+        sampling.fill(temperature, top_k, top_p, min_p, *numbers, typical_p)  # type: ignore[arg-type]
         found, expected = backend.sample(logits, sampling), REFERENCE.sample(logits, sampling)
         assert found.finite.all()
         assert torch.equal(found.token_ids[0], expected.token_ids[0])

@@ -171,13 +171,26 @@ def test_logits_may_be_capped(backend: ReferenceBackend) -> None:
 # Sampling.
 
 
+def typical_tokens(p: torch.Tensor, typical_p: float) -> set[int]:
+    """Those whose information is nearest to the distribution's entropy, until they have the mass: the paper's definition."""
+    entropy = -sum(float(value) * math.log(value) for value in p)
+    mass, kept = 0.0, set()
+    for token in sorted(range(len(p)), key=lambda token: abs(-math.log(p[token]) - entropy)):
+        if mass >= typical_p:
+            break
+        kept.add(token)
+        mass += float(p[token])
+    return kept
+
+
 def exact_distribution(
-    logits: torch.Tensor, temperature: float, top_k: int, top_p: float, min_p: float
+    logits: torch.Tensor, temperature: float, top_k: int, top_p: float, min_p: float, typical_p: float = 1.0
 ) -> torch.Tensor:
     """Probabilities by a plain loop over tokens in order of rank."""
     p = torch.softmax(logits.double() / temperature, -1)
     order = sorted(range(len(p)), key=lambda token: (-float(p[token]), token))
-    kept = [token for token in order if p[token] >= min_p * p.max()]
+    typical = typical_tokens(p, typical_p) if typical_p < 1 else set(order)
+    kept = [token for token in order if p[token] >= min_p * p.max() and token in typical]
     if top_k:
         kept = kept[:top_k]
     total, mass, nucleus = sum(float(p[t]) for t in kept), 0.0, []
@@ -190,11 +203,22 @@ def exact_distribution(
     return result / result.sum()
 
 
-SAMPLING = [(1.0, 0, 1.0, 0.0), (0.7, 5, 1.0, 0.0), (1.3, 0, 0.8, 0.0), (1.0, 0, 1.0, 0.1), (1.5, 12, 0.9, 0.02)]
+SAMPLING = [
+    (1.0, 0, 1.0, 0.0, 1.0),
+    (0.7, 5, 1.0, 0.0, 1.0),
+    (1.3, 0, 0.8, 0.0, 1.0),
+    (1.0, 0, 1.0, 0.1, 1.0),
+    (1.5, 12, 0.9, 0.02, 1.0),
+    (1.0, 0, 1.0, 0.0, 0.5),
+    (1.4, 0, 1.0, 0.0, 0.9),
+    (1.2, 6, 0.8, 0.02, 0.7),
+]
 
 
-@pytest.mark.parametrize(("temperature", "top_k", "top_p", "min_p"), SAMPLING)
-def test_sampling_follows_the_exact_distribution(temperature: float, top_k: int, top_p: float, min_p: float) -> None:
+@pytest.mark.parametrize(("temperature", "top_k", "top_p", "min_p", "typical_p"), SAMPLING)
+def test_sampling_follows_the_exact_distribution(
+    temperature: float, top_k: int, top_p: float, min_p: float, typical_p: float
+) -> None:
     """Chi-square at p = 1e-4 over 20,000 draws with fixed seeds, and nothing outside the support."""
     torch.manual_seed(3)
     logits = torch.randn(40) * 2
@@ -205,8 +229,9 @@ def test_sampling_follows_the_exact_distribution(temperature: float, top_k: int,
         torch.full((draws, 1), top_p),
         torch.full((draws, 1), min_p),
         uniform(torch.arange(draws), torch.full((draws,), 9)),
+        torch.full((draws, 1), typical_p),
     )
-    expected = exact_distribution(logits, temperature, top_k, top_p, min_p) * draws
+    expected = exact_distribution(logits, temperature, top_k, top_p, min_p, typical_p) * draws
     counts = torch.bincount(tokens, minlength=40).double()
     assert not counts[expected == 0].any()
     usual = expected >= 5
@@ -227,6 +252,7 @@ def test_sampled_rows_depend_on_themselves_alone(backend: ReferenceBackend) -> N
         "min_p": [0.0, 0.0, 0.0, 0.1, 0.0, 0.0],
         "seed": [1, 2, 3, 4, -5, 6],
         "index": [0, 10, 20, 30, 40, 50],
+        "typical_p": [0.5, 1.0, 0.3, 0.9, 1.0, 1.0],
     }
     batch = SamplingBatch.allocate(8, torch.device("cpu"))
     batch.fill(**params)

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 
 from server.api.app import create_app
 from server.api.context import ApiContext
-from server.config import EngineConfig
+from server.config import EngineConfig, NgramSpeculation
 from server.engine.client import EngineClient
 from server.engine.engine import build_engine
 from server.engine.process import thread_engine
@@ -33,10 +33,20 @@ def tiny_checkpoint(directory: Path, dtype: torch.dtype = torch.float32) -> Path
 
 @asynccontextmanager
 async def real_edge(
-    model: Path, backend: str = "reference", kv_bytes: int = 2**24, **context_fields: Any
+    model: Path,
+    backend: str = "reference",
+    kv_bytes: int = 2**24,
+    speculative: NgramSpeculation | None = None,
+    **context_fields: Any,
 ) -> AsyncIterator[httpx.AsyncClient]:
     config = EngineConfig(
-        str(model), max_model_len=512, kernel_backend=backend, max_num_seqs=8, kv_cache_memory_bytes=kv_bytes, threads=1
+        str(model),
+        max_model_len=512,
+        kernel_backend=backend,
+        max_num_seqs=8,
+        kv_cache_memory_bytes=kv_bytes,
+        threads=1,
+        speculative=speculative,
     )
     client = EngineClient(lambda epoch: thread_engine(lambda: build_engine(config, epoch), epoch))
     info = await client.start()

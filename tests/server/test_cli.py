@@ -12,7 +12,7 @@ import pytest
 
 from server import __main__ as command
 from server.api.context import SamplingDefaults
-from server.config import EngineConfig, ServerConfig
+from server.config import EngineConfig, NgramSpeculation, ServerConfig
 from server.model_files import (
     ModelFilesError,
     ensure_tokenizer_file,
@@ -65,6 +65,7 @@ def test_every_option_comes_from_every_source(option, tmp_path: Path) -> None:  
         "log-format": "json",
         "metrics-prefix": "vllm:",
         "otlp-traces-endpoint": "http://collector:4318/v1/traces",
+        "speculative": "ngram:4:2-5",
     }
     text = samples.get(option.name, "true" if option.is_flag else "16")
     if option.is_flag and option.default:
@@ -91,6 +92,15 @@ def test_every_option_comes_from_every_source(option, tmp_path: Path) -> None:  
     assert by_flag != ServerConfig(EngineConfig("16")) or option.name == "model" or option.default == 16
 
 
+def test_speculation() -> None:
+    for text, expected in (
+        ("none", None),
+        ("ngram:5", NgramSpeculation(5)),
+        ("ngram:8:1-3", NgramSpeculation(8, 1, 3)),
+    ):
+        assert parse_options(["m", "--speculative", text], {}).engine.speculative == expected
+
+
 def test_lists_and_sizes() -> None:
     config = parse_options(["m", "--served-model-name", "a", "b", "--kv-cache-memory-bytes", "1.5G"], {})
     assert (config.served_model_names, config.engine.kv_cache_memory_bytes) == (("a", "b"), 3 * 2**29)
@@ -102,6 +112,9 @@ def test_lists_and_sizes() -> None:
     [
         ([], {}, ["MODEL is missing"]),
         (["m", "--port", "x"], {}, ["--port", "'x'", "whole number"]),
+        (["m", "--speculative", "medusa"], {}, ["--speculative", "'medusa'", "ngram:N:MIN-MAX"]),
+        (["m", "--speculative", "ngram:33"], {}, ["--speculative", "33", "1..32"]),
+        (["m", "--speculative", "ngram:4:3-2"], {}, ["--speculative", "3-2", "1..16"]),
         (["m", "--port", "70000"], {}, ["--port", "70000", "0..65535"]),
         (["m", "--max-num-seqs", "0"], {}, ["--max-num-seqs", "0 is less than 1"]),
         (["m", "--max-model-len", "8kb"], {}, ["--max-model-len", "'8kb'"]),
@@ -198,15 +211,18 @@ def test_sampling_defaults(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
                 "top_p": 0.95,
                 "repetition_penalty": 1.1,
                 "typical_p": 0.9,
+                "no_repeat_ngram_size": 3,
                 "do_sample": True,
             }
         )
     )
-    assert load_sampling_defaults(tmp_path, "auto") == SamplingDefaults(0.6, 0.95, 20, repetition_penalty=1.1)
-    assert "typical_p 0.9 is not supported" in caplog.text
+    assert load_sampling_defaults(tmp_path, "auto") == SamplingDefaults(
+        0.6, 0.95, 20, typical_p=0.9, repetition_penalty=1.1
+    )
+    assert "no_repeat_ngram_size 3 is not supported" in caplog.text
     assert load_sampling_defaults(tmp_path, "none") == SamplingDefaults()
     assert load_sampling_defaults(tmp_path / "elsewhere", str(tmp_path)) == SamplingDefaults(
-        0.6, 0.95, 20, repetition_penalty=1.1
+        0.6, 0.95, 20, typical_p=0.9, repetition_penalty=1.1
     )
     with pytest.raises(ModelFilesError, match="no such file"):
         load_sampling_defaults(tmp_path, str(tmp_path / "elsewhere"))

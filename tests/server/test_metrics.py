@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
@@ -32,7 +33,7 @@ class _Recorded:
     def submit(self, name: str, num_prompt_tokens: int, max_tokens: int = 10) -> None:
         self.recorder.on_submit(GenerateRequest(name, [1] * num_prompt_tokens, SamplingParams(max_tokens), self.now))
 
-    def step(self, now: float, *events: TokenEvent, **stats: int) -> None:
+    def step(self, now: float, *events: TokenEvent, **stats: Any) -> None:
         self.now = now
         counts = {"num_running": 0, "num_waiting": 0, "num_blocks": 40, "num_used_blocks": 0, "num_cached_blocks": 0}
         self.recorder.on_step(StepOutput(0, list(events), StepStats(**(counts | stats))))
@@ -99,6 +100,20 @@ def test_a_requests_life() -> None:
         assert found is not None, name
         assert abs(found - value) < 1e-9, (name, found, value)
     assert not any(name.endswith("_created") for name in values)
+
+
+def test_drafts_are_counted_by_position() -> None:
+    recorded = _Recorded()
+    recorded.step(101, num_drafts=2, num_draft_tokens=7, num_accepted_per_position=[2, 1])
+    recorded.step(102, num_drafts=1, num_draft_tokens=3, num_accepted_per_position=[1])
+    values = {name: value for name, value in recorded.values().items() if "spec_decode" in name}
+    assert values == {
+        "awqserve_spec_decode_num_drafts_total": 3,
+        "awqserve_spec_decode_num_draft_tokens_total": 10,
+        "awqserve_spec_decode_num_accepted_tokens_total": 4,
+        "awqserve_spec_decode_num_accepted_tokens_per_pos_total[0]": 3,
+        "awqserve_spec_decode_num_accepted_tokens_per_pos_total[1]": 1,
+    }
 
 
 def test_gauges_follow_the_last_step() -> None:

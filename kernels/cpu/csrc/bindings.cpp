@@ -458,7 +458,8 @@ void add_logits(Program& program, const std::vector<std::shared_ptr<PackedLinear
 }
 
 void sample(ThreadPool& pool, const Array& logits, const Array& temperature, const Array& top_k, const Array& top_p,
-            const Array& min_p, const Array& seed, const Array& index, const Array& token_ids, const Array& finite) {
+            const Array& min_p, const Array& typical_p, const Array& seed, const Array& index, const Array& token_ids,
+            const Array& finite) {
   const int64_t rows = size_of(logits, 0), vocab_size = size_of(logits, 1);
   const float* values = floats("logits", logits, {-1, -1});
   if (vocab_size < 1) value_error("logits: expected at least 1 column, found 0");
@@ -473,6 +474,7 @@ void sample(ThreadPool& pool, const Array& logits, const Array& temperature, con
   parameters.top_k = integers("top_k", at_least("top_k", top_k), {-1});
   parameters.top_p = floats("top_p", at_least("top_p", top_p), {-1});
   parameters.min_p = floats("min_p", at_least("min_p", min_p), {-1});
+  parameters.typical_p = floats("typical_p", at_least("typical_p", typical_p), {-1});
   check_dtype("seed", at_least("seed", seed), {Dtype::kInt64});
   check_dtype("index", at_least("index", index), {Dtype::kInt64});
   parameters.seed = data_of<int64_t>(seed);
@@ -665,5 +667,5 @@ NB_MODULE(_native, m) {
       });
 
   m.def("sample", &sample, nb::arg("pool"), nb::arg("logits"), nb::arg("temperature"), nb::arg("top_k"), nb::arg("top_p"),
-        nb::arg("min_p"), nb::arg("seed"), nb::arg("index"), nb::arg("token_ids"), nb::arg("finite"));
+        nb::arg("min_p"), nb::arg("typical_p"), nb::arg("seed"), nb::arg("index"), nb::arg("token_ids"), nb::arg("finite"));
 }

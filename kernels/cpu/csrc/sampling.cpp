@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
+#include <limits>
 #include <vector>
 
 namespace awq_cpu {
@@ -22,6 +23,7 @@ constexpr size_t kNucleusGuess = 256;  // tokens that top-p is first looked for 
 struct Workspace {
   std::vector<float> scores, mass;
   std::vector<float> maxima;
+  std::vector<float> spread;
   std::vector<int16_t> bins;
   std::vector<Candidate> candidates;
 };
@@ -133,10 +135,54 @@ void gather_bins(Workspace& work, float maximum, int64_t top_k, double enough) {
     if (work.bins[i] <= last_bin) work.candidates.push_back({work.scores[i], work.mass[i], static_cast<int32_t>(i)});
 }
 
-int32_t pick_filtered(Workspace& work, const OpsTable& ops, float maximum, int64_t top_k, double top_p, double random) {
+// Takes the mass from tokens that are not typical, and from those under min_p.
+void keep_typical(Workspace& work, float maximum, double typical_p, float min_p) {
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  const size_t n = work.mass.size();
+  double total = 0.0, weighted = 0.0;
+  for (size_t i = 0; i < n; ++i) {
+    if (!(work.mass[i] > 0.0f)) continue;
+    total += work.mass[i];
+    weighted += static_cast<double>(work.mass[i]) * (work.scores[i] - maximum);
+  }
+  const float mean = static_cast<float>(weighted / total);
+  // The tokens by their distance from the mean, in bins: only the bin in which the mass is reached has to be sorted.
+  double masses[kNumBins] = {};
+  work.spread.resize(n);
+  const auto bin_of = [](float distance) {
+    const float steps = distance * kBinsPerUnit;
+    return steps < kNumBins - 1 ? static_cast<int>(steps) : kNumBins - 1;
+  };
+  for (size_t i = 0; i < n; ++i) {
+    work.spread[i] = work.mass[i] > 0.0f ? std::fabs((work.scores[i] - maximum) - mean) : kInfinity;
+    if (work.mass[i] > 0.0f) masses[bin_of(work.spread[i])] += work.mass[i];
+  }
+  const double wanted = typical_p * total;
+  int bin = 0;
+  double before = 0.0;
+  while (bin < kNumBins - 1 && before + masses[bin] < wanted) before += masses[bin++];
+  work.candidates.clear();
+  for (size_t i = 0; i < n; ++i)
+    if (work.mass[i] > 0.0f && bin_of(work.spread[i]) == bin)
+      work.candidates.push_back({work.spread[i], work.mass[i], static_cast<int32_t>(i)});
+  std::sort(work.candidates.begin(), work.candidates.end(),
+            [](const Candidate& a, const Candidate& b) { return a.score < b.score; });
+  float within = kInfinity;
+  for (const Candidate& candidate : work.candidates) {
+    within = candidate.score;
+    before += candidate.mass;
+    if (before >= wanted) break;
+  }
+  for (size_t i = 0; i < n; ++i)
+    if (!(work.spread[i] <= within && work.mass[i] >= min_p)) work.mass[i] = 0.0f;
+}
+
+int32_t pick_filtered(Workspace& work, const OpsTable& ops, float maximum, int64_t top_k, double top_p, double random,
+                      bool is_typical) {
   const double total = top_k > 0 ? 0.0 : sum_range(work.mass.data(), 0, static_cast<int64_t>(work.mass.size()));
   const double enough = top_p * total * (1.0 + 1e-9);
-  const bool found = gather_best(work, ops, top_k > 0 ? static_cast<size_t>(top_k) : kNucleusGuess);
+  // What typical sampling leaves are not the likeliest.
+  const bool found = !is_typical && gather_best(work, ops, top_k > 0 ? static_cast<size_t>(top_k) : kNucleusGuess);
   if (!found || (top_k <= 0 && mass_of(work.candidates, work.candidates.size()) <= enough))
     gather_bins(work, maximum, top_k, enough);
   rank(work.candidates);
@@ -171,12 +217,15 @@ int32_t sample_row(const OpsTable& ops, const float* logits, int64_t n, const Sa
   const float maximum = logits[best] / temperature;
   // A temperature so small that scores overflow leaves the largest logit alone.
   if (!std::isfinite(maximum)) return static_cast<int32_t>(best);
-  ops.exponentials(logits, n, temperature, maximum, parameters.min_p[row], work.scores.data(), work.mass.data());
+  const float min_p = parameters.min_p[row], typical_p = parameters.typical_p[row];
+  const bool is_typical = typical_p < 1.0f;
+  ops.exponentials(logits, n, temperature, maximum, is_typical ? 0.0f : min_p, work.scores.data(), work.mass.data());
+  if (is_typical) keep_typical(work, maximum, typical_p, min_p);
   const double random = uniform(parameters.seed[row], parameters.index[row]);
   const int64_t top_k = parameters.top_k[row];
   const double top_p = parameters.top_p[row];
   if (top_k <= 0 && top_p >= 1.0) return pick_from_all(work.mass, random);
-  return pick_filtered(work, ops, maximum, top_k, top_p, random);
+  return pick_filtered(work, ops, maximum, top_k, top_p, random, is_typical);
 }
 
 }  // namespace

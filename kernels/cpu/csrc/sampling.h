@@ -14,6 +14,7 @@ struct SamplingParameters {
   const int32_t* top_k;      // 0: off
   const float* top_p;        // 1: off
   const float* min_p;        // 0: off
+  const float* typical_p;    // 1: off
   const int64_t* seed;
   const int64_t* index;
 };

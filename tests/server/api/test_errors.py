@@ -57,7 +57,7 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"bad_words": [""]}, "bad_words.0", "at least 1 character"),
     ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs", "not available with stream"),
     ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "-1 or at least 1"),
-    ({"typical_p": 0.5}, "typical_p", "unknown or unsupported"),
+    ({"typical_p": 0}, "typical_p", "greater than 0"),
     ({"priority": 1}, "priority", "--scheduling-policy priority"),
     ({"priority": 1001}, "priority", "less than or equal"),
     ({"stream": "yes"}, "stream", "boolean"),

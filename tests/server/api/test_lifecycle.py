@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from server.api.chat_template import ChatTemplate
 from server.api.messages_schemas import MessagesRequest, chat_fields
 from server.api.tools import TOOL_FORMATS
+from server.config import NgramSpeculation
 from server.text import Tokenizer
 from server.types import AbortReason
 from tests.server.fakes import CHAT_TEMPLATE, byte_level_tokenizer, echo_engine, running_edge, sse_events
@@ -192,15 +194,93 @@ def test_answers_are_those_of_the_document(model: Path) -> None:
             document = (await http.get("/openapi.json")).json()
             for path, body in (("/v1/completions", text), ("/v1/chat/completions", chat)):
                 content = document["paths"][path]["post"]["responses"]["200"]["content"]
+                event, failure, _ = content["text/event-stream"]["schema"]["properties"]["data"]["anyOf"]
                 whole, events = (
-                    jsonschema.Draft202012Validator({**content[kind]["schema"], "components": document["components"]})
-                    for kind in ("application/json", "text/event-stream")
+                    jsonschema.Draft202012Validator({**schema, "components": document["components"]})
+                    for schema in (content["application/json"]["schema"], event["contentSchema"])
                 )
+                assert failure["contentSchema"]["$ref"].endswith("ErrorAnswer")
                 answer = (await http.post(path, json=body | {"prompt_logprobs": 1})).json()
                 whole.validate(answer)
                 assert not whole.is_valid(answer | {"choices": [{"index": "x"}]})
                 streamed = await http.post(path, json=body | {"stream": True, "stream_options": usage})
                 for event in sse_events(streamed.text):
                     events.validate(event)
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_timeout_ends_an_answer_as_it_is(model: Path, streamed: bool) -> None:
+    fields = {"timeout": 0.2, "ignore_eos": True, "stream": streamed}
+    chat = {"messages": [{"role": "user", "content": "the dog"}]}
+
+    async def check() -> None:
+        async with real_edge(model, chat_template=ChatTemplate(CHAT_TEMPLATE)) as http:
+            # Long enough for the deadline to come first: others keep the engine busy.
+            others = [asyncio.create_task(completion(http, f"the {i}", max_tokens=450)) for i in range(6)]
+            for path, body in (("completions", {"prompt": "the dog", "n": 2}), ("chat/completions", chat)):
+                answer = await http.post(f"/v1/{path}", json=fields | body)
+                assert answer.status_code == 200, answer.text
+                chunks = sse_events(answer.text) if streamed else [answer.json()]
+                reasons = [choice["finish_reason"] for chunk in chunks for choice in chunk["choices"]]
+                assert [reason for reason in reasons if reason] == ["timeout"] * body.get("n", 1)
+            for other in others:
+                other.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+            metrics = (await http.get("/metrics")).text
+            assert 'awqserve_request_success_total{finished_reason="timeout",model_name="tiny"} 3.0' in metrics
+            for wrong in (0, -1, "1", 1e6):
+                answer = await http.post("/v1/completions", json={"prompt": "a", "timeout": wrong})
+                assert answer.status_code == 400 and answer.json()["error"]["param"] == "timeout"
+
+    asyncio.run(check())
+
+
+def test_answers_are_the_same_with_several_tokens_at_a_time(model: Path) -> None:
+    """Drafts that are right come together: stop strings among them, log probabilities, usage, min_tokens, grammars, streams."""
+    few = {"allowed_token_ids": [67, 68, 69, 70], "seed": 1, "max_tokens": 60, "ignore_eos": True}
+    bodies: list[dict[str, Any]] = [
+        {"temperature": 1, "logprobs": 2, "return_token_ids": True},
+        {"temperature": 0.5, "stop": ["ba", "dcd"], "min_tokens": 9},
+        {"temperature": 1, "stop": "cab", "include_stop_str_in_output": True, "logprobs": 0, "n": 2},
+        {"temperature": 0, "frequency_penalty": 1.0, "bad_words": ["ab"]},
+        {"temperature": 1, "stop_token_ids": [69], "min_tokens": 20},
+        {"temperature": 1, "structured_outputs": {"regex": "(ab|cd){6,9}"}, "allowed_token_ids": None},
+    ]
+
+    async def answers(speculative: NgramSpeculation | None) -> tuple[list[Any], str]:
+        found = []
+        async with real_edge(model, speculative=speculative) as http:
+            for body in bodies:
+                whole = await http.post("/v1/completions", json={"prompt": "abcd abcd ab"} | few | body)
+                assert whole.status_code == 200, whole.text
+                options = {"stream": True, "stream_options": {"include_usage": True}}
+                stream = await http.post("/v1/completions", json={"prompt": "abcd abcd ab"} | few | body | options)
+                chunks = sse_events(stream.text)
+                texts: dict[int, str] = {}
+                reasons = {}
+                for chunk in chunks[:-1]:
+                    [choice] = chunk["choices"]
+                    texts[choice["index"]] = texts.get(choice["index"], "") + choice["text"]
+                    reasons[choice["index"]] = choice["finish_reason"], choice["stop_reason"]
+                choices = whole.json()["choices"]
+                assert texts == {choice["index"]: choice["text"] for choice in choices}
+                assert reasons == {c["index"]: (c["finish_reason"], c["stop_reason"]) for c in choices}
+                usage = whole.json()["usage"]
+                assert chunks[-1]["usage"]["completion_tokens"] == usage["completion_tokens"]
+                found.append((choices, usage["completion_tokens"]))
+            return found, (await http.get("/metrics")).text
+
+    async def check() -> None:
+        plain, _ = await answers(None)
+        drafted, metrics = await answers(NgramSpeculation(6, 1, 3))
+        assert drafted == plain
+        accepted = re.search(r"spec_decode_num_accepted_tokens_total\{.*\} (\S+)", metrics)
+        assert accepted is not None and float(accepted[1]) > 50
+        count = re.search(r"inter_token_latency_seconds_count\{.*\} (\S+)", metrics)
+        tokens = re.search(r"generation_tokens_total\{.*\} (\S+)", metrics)
+        requests = re.search(r"request_generation_tokens_count\{.*\} (\S+)", metrics)
+        assert count and tokens and requests and float(count[1]) == float(tokens[1]) - float(requests[1])
 
     asyncio.run(check())

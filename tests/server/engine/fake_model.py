@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from bisect import bisect_right
 from collections.abc import Callable
 
 import torch
@@ -13,6 +14,7 @@ import torch
 from kernels.batch import ForwardBatch
 from server.engine.batch import fill_forward_batch
 from server.engine.block_manager import BlockManager
+from server.engine.drafts import Drafting
 from server.engine.engine import Engine
 from server.engine.scheduler import SampledToken, Scheduler
 from server.engine.step import ScheduledBatch, StepBudget
@@ -25,15 +27,15 @@ def key_of(token: int, position: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{token}:{position}".encode()).digest()[:6], "big")
 
 
-def sample(keys: list[int]) -> int:
-    return int.from_bytes(hashlib.sha256(repr(keys).encode()).digest()[:6], "big") % VOCABULARY
+def sample(keys: list[int], vocabulary: int = VOCABULARY) -> int:
+    return int.from_bytes(hashlib.sha256(repr(keys).encode()).digest()[:6], "big") % vocabulary
 
 
-def expected_output(prompt: list[int], max_tokens: int) -> list[int]:
+def expected_output(prompt: list[int], max_tokens: int, vocabulary: int = VOCABULARY) -> list[int]:
     """What the model answers, computed from the tokens alone."""
     tokens = list(prompt)
     for _ in range(max_tokens):
-        tokens.append(sample([key_of(token, position) for position, token in enumerate(tokens)]))
+        tokens.append(sample([key_of(token, position) for position, token in enumerate(tokens)], vocabulary))
     return tokens[len(prompt) :]
 
 
@@ -41,12 +43,21 @@ class FakeRunner:
     """Reads and writes a pool of keys through the real `ForwardBatch`."""
 
     def __init__(
-        self, num_blocks: int, block_size: int, max_tokens: int, max_num_seqs: int, max_model_len: int
+        self,
+        num_blocks: int,
+        block_size: int,
+        max_tokens: int,
+        max_num_seqs: int,
+        max_model_len: int,
+        max_draft_rows: int = 0,
+        vocabulary: int = VOCABULARY,
     ) -> None:
         self.block_size = block_size
+        self.vocabulary = vocabulary
         self.keys = [-1] * (num_blocks * block_size)
         max_blocks = -(-max_model_len // block_size)
-        self.batch = ForwardBatch.allocate(max_tokens, max_num_seqs, max_blocks, max_num_seqs, torch.device("cpu"))
+        max_rows = max_num_seqs + max_draft_rows
+        self.batch = ForwardBatch.allocate(max_tokens, max_num_seqs, max_blocks, max_rows, torch.device("cpu"))
         self.largest_batch = 0
 
     def launch(self, scheduled: ScheduledBatch) -> list[SampledToken]:
@@ -57,15 +68,15 @@ class FakeRunner:
         for token in range(num_tokens):
             slot = int(batch.slot_mapping[token])
             self.keys[slot] = key_of(int(batch.input_ids[token]), int(batch.positions[token]))
-        ends = batch.query_starts.tolist()
-        row_of_end = {ends[sequence + 1] - 1: sequence for sequence in range(num_sequences)}
+        starts = batch.query_starts.tolist()[: num_sequences + 1]
         sampled = []
         for row in batch.logit_rows[:num_rows].tolist():
-            sequence = row_of_end[row]
+            sequence = bisect_right(starts, row) - 1
             table, size = batch.block_tables[sequence].tolist(), self.block_size
-            length = int(batch.seq_lens[sequence])
+            # The row's own key is the last that it sees.
+            length = int(batch.seq_lens[sequence]) - (starts[sequence + 1] - 1 - row)
             keys = [self.keys[table[position // size] * size + position % size] for position in range(length)]
-            sampled.append(SampledToken(sample(keys)))
+            sampled.append(SampledToken(sample(keys, self.vocabulary)))
         return sampled
 
     def collect(self, handle: list[SampledToken]) -> list[SampledToken]:
@@ -82,6 +93,8 @@ def make_engine(
     eos_token_ids: frozenset[int] = frozenset(),
     cost: dict[str, float] | None = None,
     priority_aging_seconds: float | None = None,
+    drafting: Drafting | None = None,
+    vocabulary: int = VOCABULARY,
 ) -> Engine:
     manager = BlockManager(num_blocks, block_size, enable_prefix_caching)
     scheduler = Scheduler(
@@ -91,8 +104,17 @@ def make_engine(
         max_model_len,
         eos_token_ids,
         priority_aging_seconds,
+        drafting,
     )
-    runner = FakeRunner(num_blocks, block_size, max_num_batched_tokens, max_num_seqs, max_model_len)
+    runner = FakeRunner(
+        num_blocks,
+        block_size,
+        max_num_batched_tokens,
+        max_num_seqs,
+        max_model_len,
+        drafting.max_rows if drafting else 0,
+        vocabulary,
+    )
     info = EngineInfo(0, max_model_len, num_blocks, block_size, "fake")
     return Engine(scheduler, runner, info, seed=0)  # type: ignore[arg-type]
 
@@ -117,6 +139,8 @@ def run_to_end(
         engine.scheduler.block_manager.check()
         stats = output.stats
         assert stats.num_used_blocks + stats.num_cached_blocks <= stats.num_blocks
+        for sequence in engine.scheduler.running:  # drafts hold no block beyond their step
+            assert len(sequence.block_table) <= engine.scheduler.block_manager.blocks_for(sequence.num_tokens)
         for event in output.events:
             events.setdefault(event.request_id, []).append(event)
         step += 1

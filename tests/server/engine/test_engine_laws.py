@@ -3,6 +3,7 @@ And the laws' own test: planted bugs must break them."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +12,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kernels.batch import ForwardBatch
+from server.config import NgramSpeculation
 from server.engine import block_manager as block_manager_module
 from server.engine.block_manager import BlockManager
+from server.engine.drafts import Drafting, StepTime
+from server.engine.scheduler import SampledToken, Scheduler
 from server.types import AbortReason, FinishReason
-from tests.server.engine.fake_model import expected_output, make_engine, reason_of, request, run_to_end, tokens_of
+from tests.server.engine.fake_model import (
+    VOCABULARY,
+    expected_output,
+    make_engine,
+    reason_of,
+    request,
+    run_to_end,
+    tokens_of,
+)
 
 
 @dataclass(frozen=True)
@@ -26,6 +38,14 @@ class Arrival:
     max_tokens: int
     abort_after: int | None
     siblings: int
+    min_tokens: int | None = None  # where the output ends with the first token 0 from there on
+
+    def output(self, vocabulary: int) -> list[int]:
+        """All of it."""
+        output = expected_output(self.prompt, self.max_tokens, vocabulary)
+        if self.min_tokens is not None and 0 in output[max(self.min_tokens, 1) - 1 :]:
+            output = output[: output.index(0, max(self.min_tokens, 1) - 1) + 1]
+        return output
 
     @property
     def prompt(self) -> list[int]:
@@ -43,6 +63,7 @@ ARRIVALS = st.lists(
         max_tokens=st.integers(1, 16),
         abort_after=st.one_of(st.none(), st.none(), st.integers(0, 20)),
         siblings=st.sampled_from((1, 1, 1, 3)),
+        min_tokens=st.sampled_from((None, 0, 5)),
     ),
     min_size=1,
     max_size=12,
@@ -56,9 +77,17 @@ ENGINES = st.fixed_dictionaries(
         "cost": st.sampled_from((None, {"max_cost": 9.0}, {"max_cost": 20.0, "balanced_context": 10.0})),
     }
 )
+# Drafts always pay, or hardly ever; the model that knows three tokens alone makes texts that repeat, and many drafts right.
+DRAFTINGS = st.builds(
+    Drafting,
+    st.sampled_from((NgramSpeculation(1), NgramSpeculation(4, 1, 3), NgramSpeculation(9, 1, 1))),
+    st.sampled_from((StepTime(1e9, 1.0), StepTime(1.0, 1.0))),
+    st.integers(1, 12),
+)
 
 
 def check_laws(arrivals: list[Arrival], engine_options: dict[str, Any]) -> None:
+    vocabulary = engine_options.get("vocabulary", VOCABULARY)
     engine = make_engine(block_size=4, max_model_len=64, **engine_options)
     plans = {
         f"{index}.{sibling}": arrival for index, arrival in enumerate(arrivals) for sibling in range(arrival.siblings)
@@ -71,7 +100,8 @@ def check_laws(arrivals: list[Arrival], engine_options: dict[str, Any]) -> None:
             if arrival.step <= step or not engine.has_work():
                 del waiting[request_id]
                 group = request_id.split(".")[0] if arrival.siblings > 1 else ""
-                engine.submit(request(request_id, arrival.prompt, arrival.max_tokens, group))
+                stop = {} if arrival.min_tokens is None else {"stop_token_ids": (0,), "min_tokens": arrival.min_tokens}
+                engine.submit(request(request_id, arrival.prompt, arrival.max_tokens, group, **stop))
         for request_id, arrival in plans.items():
             if (
                 request_id not in waiting
@@ -83,12 +113,14 @@ def check_laws(arrivals: list[Arrival], engine_options: dict[str, Any]) -> None:
     events = run_to_end(engine, on_step)
     assert events.keys() == plans.keys()
     for request_id, arrival in plans.items():
-        expected, got = expected_output(arrival.prompt, arrival.max_tokens), tokens_of(events[request_id])
+        expected, got = arrival.output(vocabulary), tokens_of(events[request_id])
         if reason_of(events[request_id]) is FinishReason.ABORT:
             assert arrival.abort_after is not None and got == expected[: len(got)]
         else:
             assert got == expected, request_id
-            assert reason_of(events[request_id]) is FinishReason.LENGTH
+            stops = arrival.min_tokens is not None and expected[-1] == 0 and len(expected) >= arrival.min_tokens
+            assert reason_of(events[request_id]) is (FinishReason.STOP if stops else FinishReason.LENGTH)
+            assert events[request_id][-1].stop_token_id == (0 if stops else None)
     assert engine.runner.largest_batch <= engine_options["max_num_batched_tokens"]  # type: ignore[attr-defined]
 
 
@@ -98,6 +130,14 @@ def test_output_is_independent_of_the_load_and_no_block_is_lost(
     arrivals: list[Arrival], engine_options: dict[str, int]
 ) -> None:
     check_laws(arrivals, engine_options)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(ARRIVALS, ENGINES, DRAFTINGS)
+def test_drafts_change_nothing_but_the_number_of_steps(
+    arrivals: list[Arrival], engine_options: dict[str, Any], drafting: Drafting
+) -> None:
+    check_laws(arrivals, {**engine_options, "drafting": drafting, "vocabulary": 3})
 
 
 CROWDED = [Arrival(step, step % 3, 16, (step + 1, 5, 7), 14, None, 1 + 2 * (step % 4 == 0)) for step in range(10)]
@@ -116,6 +156,27 @@ def test_the_crowded_schedule_preempts_and_hits_the_cache() -> None:
         preemptions += stats.num_preemptions
         hits += stats.num_prefix_hits
     assert preemptions > 0 and hits > 0
+
+
+DRAFTED_ENGINE = CROWDED_ENGINE | {
+    "drafting": Drafting(NgramSpeculation(4, 1, 3), StepTime(1e9, 1.0), 8),
+    "vocabulary": 3,
+    "max_num_batched_tokens": 30,
+}
+
+
+def test_the_drafted_schedule_has_drafts_right_and_wrong() -> None:
+    check_laws(CROWDED, DRAFTED_ENGINE)
+    engine = make_engine(block_size=4, max_model_len=64, **DRAFTED_ENGINE)
+    for index, arrival in enumerate(CROWDED):
+        engine.submit(request(str(index), arrival.prompt, arrival.max_tokens))
+    drafted = accepted = preemptions = 0
+    while engine.has_work():
+        stats = engine.step().stats
+        drafted += stats.num_draft_tokens
+        accepted += sum(stats.num_accepted_per_position)
+        preemptions += stats.num_preemptions
+    assert 5 < accepted < drafted - 5 and preemptions > 0
 
 
 def plant_short_length(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,6 +210,40 @@ def plant_early_publish(monkeypatch: pytest.MonkeyPatch) -> None:
         sequence.num_computed_tokens = computed
 
     monkeypatch.setattr(BlockManager, "publish", planted)
+
+
+def plant_trust(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drafts are taken without a look at what was sampled."""
+    advance = Scheduler._advance
+
+    def planted(self, entry, rows, now):  # type: ignore[no-untyped-def]
+        return advance(self, entry, [*(SampledToken(draft) for draft in entry.drafts), rows[-1]], now)
+
+    monkeypatch.setattr(Scheduler, "_advance", planted)
+
+
+def plant_wrong_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All rows of a sequence with drafts are its last one."""
+    fill = ForwardBatch.fill
+
+    def planted(self, input_ids, positions, slots, query_lens, seq_lens, block_tables, logit_rows):  # type: ignore[no-untyped-def]
+        ends = list(itertools.accumulate(query_lens))
+        moved = [next(end - 1 for end in ends if row < end) for row in logit_rows]
+        fill(self, input_ids, positions, slots, query_lens, seq_lens, block_tables, moved)
+
+    monkeypatch.setattr(ForwardBatch, "fill", planted)
+
+
+def plant_kept_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks taken for drafts stay with their sequence."""
+    monkeypatch.setattr(BlockManager, "trim", lambda self, sequence: None)
+
+
+@pytest.mark.parametrize("plant", [plant_trust, plant_wrong_rows, plant_kept_blocks])
+def test_planted_bugs_of_drafts_break_the_laws(plant, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    plant(monkeypatch)
+    with pytest.raises((AssertionError, IndexError)):
+        check_laws(CROWDED, DRAFTED_ENGINE)
 
 
 @pytest.mark.parametrize("plant", [plant_short_length, plant_early_free, plant_stale_hash, plant_early_publish])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,13 @@ def test_requests_end_while_their_grammar_is_compiled() -> None:
     assert bad.finish_reason is FinishReason.ERROR and bad.is_request_fault and "cannot be used" in (bad.error or "")
     factory.futures["aborted"].set_result(FreeMatcher())
     assert not engine.has_work()
+
+
+def test_a_deadline_passes_while_the_grammar_is_compiled() -> None:
+    engine = make_engine()
+    engine.grammars = GrammarQueue(SlowFactory())  # type: ignore[arg-type]
+    engine.submit(replace(request("late", [1, 2, 3], 5, grammar="g"), deadline=time.monotonic() + 0.02))
+    assert reason_of(run_to_end(engine)["late"]) is FinishReason.TIMEOUT
 
 
 def test_matchers_of_one_grammar_do_not_share_their_place(tmp_path: Path) -> None:

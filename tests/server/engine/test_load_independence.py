@@ -29,12 +29,12 @@ def recorded_logits(engine: Engine) -> Iterator[Digests]:
     digests: Digests = {}
     apply_rules = engine.runner.sampler.apply_rules
 
-    def recording(sequences, logits):  # type: ignore[no-untyped-def]
-        for sequence, row in zip(sequences, logits, strict=True):
-            key = (sequence.request_id, sequence.num_output_tokens)
-            digest = hashlib.sha256(row.contiguous().numpy().tobytes()).hexdigest()
+    def recording(rows, logits):  # type: ignore[no-untyped-def]
+        for row, values in zip(rows, logits, strict=True):
+            key = (row.sequence.request_id, row.num_output_tokens)
+            digest = hashlib.sha256(values.contiguous().numpy().tobytes()).hexdigest()
             assert digests.setdefault(key, digest) == digest
-        return apply_rules(sequences, logits)
+        return apply_rules(rows, logits)
 
     engine.runner.sampler.apply_rules = recording  # type: ignore[method-assign]
     try:

@@ -17,6 +17,7 @@ from kernels.batch import SamplingBatch
 from kernels.reference import ReferenceBackend
 from server.engine.sampler import NOTHING_LEFT, Sampler
 from server.engine.sequence import Sequence as EngineSequence
+from server.engine.step import SamplingRow
 from server.engine.token_mask import TokenMask
 from server.types import GenerateRequest, SamplingParams
 from tests.server.real_edge import completion, real_edge, tiny_checkpoint
@@ -73,7 +74,7 @@ def test_rules_equal_their_definitions_at_every_length(
         sequence.token_ids[len(prompt) :] = output[:length]
         rows = torch.tensor([logits, logits])
         bare = EngineSequence(GenerateRequest("", prompt, SamplingParams(max_tokens=1), 0.0), 0, list(prompt))
-        errors = sampler.apply_rules([bare, sequence], rows)
+        errors = sampler.apply_rules([SamplingRow(bare), SamplingRow(sequence)], rows)
         expected = plain(logits, sampling, prompt, output[:length])
         assert rows[0].tolist() == logits
         assert errors == ({} if any(value > -float("inf") for value in expected) else {1: NOTHING_LEFT})
