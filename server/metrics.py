@@ -265,6 +265,7 @@ class MetricsRecorder:
             "Drafted tokens that were right, by their place in the draft.",
             "position",
         )
+        self.num_accepted_at("0")  # exported from the start
         self.engine_restarts = make.counter("engine_restarts", "Engines started in place of one that crashed or hung.")
         # vLLM's name ends as only a counter's should; under a prefix of one's own it need not.
         name = "iteration_tokens_total" if make.follows_vllm else "iteration_tokens"

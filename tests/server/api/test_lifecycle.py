@@ -229,7 +229,9 @@ def test_a_timeout_ends_an_answer_as_it_is(model: Path, streamed: bool) -> None:
                 other.cancel()
             await asyncio.gather(*others, return_exceptions=True)
             metrics = (await http.get("/metrics")).text
-            assert 'awqserve_request_success_total{finished_reason="timeout",model_name="tiny"} 3.0' in metrics
+            assert (
+                'awqserve_request_success_total{engine="0",finished_reason="timeout",model_name="tiny"} 3.0' in metrics
+            )
             for wrong in (0, -1, "1", 1e6):
                 answer = await http.post("/v1/completions", json={"prompt": "a", "timeout": wrong})
                 assert answer.status_code == 400 and answer.json()["error"]["param"] == "timeout"
