@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import Any, Protocol
+from typing import Protocol
 
 from server.config import EngineConfig
 from server.engine import codec
@@ -244,11 +244,9 @@ def engine_main(
     epoch: int,
     log_level: str,
     log_format: str,
-    ends_with_parent: bool,
 ) -> None:
     """What the engine process runs. The API process decides when it ends, so signals sent to the whole group are ignored."""
-    if ends_with_parent:
-        _end_with_parent()
+    _end_with_parent()
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_IGN)
     configure_logging(log_level, log_format, "engine")
@@ -259,17 +257,13 @@ def engine_main(
 
 
 def _end_with_parent() -> None:
-    """The process that engines are forked from ends with the API process: then the kernel kills this one, also while it hangs.
-
-    It would live as long as those that it has forked, which hold the other end of its pipe to be able to ask it for more.
-    """
+    """The kernel kills this process when the API process ends, also while it hangs or is stopped."""
+    if sys.platform != "linux":
+        return
     import ctypes
-    from multiprocessing import forkserver
 
-    held = getattr(forkserver._forkserver, "_forkserver_alive_fd", None)
-    if isinstance(held, int):
-        os.close(held)
-    if ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) == 0 and os.getppid() == 1:
+    parent = multiprocessing.parent_process()
+    if ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) == 0 and parent and os.getppid() != parent.pid:
         os._exit(1)  # it was quicker
 
 
@@ -280,29 +274,15 @@ def _build(config: EngineConfig, epoch: int) -> Engine:
 
 
 def spawn_engine(config: EngineConfig, epoch: int, log_level: str = "info", log_format: str = "text") -> ProcessHandle:
-    """Start the engine in a process of its own; it says EngineInfo or EngineFailure on the pipe when it has loaded.
-
-    It is forked from a process that has imported all that it needs and has done nothing else, which stays: an engine that is
-    started anew after a crash is spared the seconds that importing torch takes, and shares that memory.
-    """
+    """Start the engine in a fresh process; it says EngineInfo or EngineFailure on the pipe when it has loaded."""
     # Threads of torch's own pool that spin at barriers would starve the kernels' threads, and each other when cores are short.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    if sys.platform == "linux":
-        try:
-            return _start_engine("forkserver", config, epoch, log_level, log_format)
-        except OSError as error:  # nowhere to put its socket
-            logger.warning("engines cannot be forked (%s): a restart will take longer", error)
-    return _start_engine("spawn", config, epoch, log_level, log_format)
-
-
-def _start_engine(method: str, config: EngineConfig, epoch: int, log_level: str, log_format: str) -> ProcessHandle:
-    context: Any = multiprocessing.get_context(method)
-    context.set_forkserver_preload(["server.engine.engine"])
+    context = multiprocessing.get_context("spawn")
     board = Board(is_shared=True)
     ours, theirs = context.Pipe()
     process: BaseProcess = context.Process(
         target=engine_main,
-        args=(config, theirs, board, epoch, log_level, log_format, method == "forkserver"),
+        args=(config, theirs, board, epoch, log_level, log_format),
         name=f"awq-serve engine {epoch}",
     )
     try:

@@ -57,14 +57,13 @@ class Tally:
 
 
 def engine_pid(server_pid: int) -> int | None:
-    """The child of the server's child that engines are forked from: it has torch loaded."""
-    for fork_server in _children(server_pid):
-        for child in _children(fork_server):
-            try:
-                if "libtorch" in Path(f"/proc/{child}/maps").read_text():
-                    return child
-            except OSError:
-                continue
+    """The child of the server that has torch loaded."""
+    for child in _children(server_pid):
+        try:
+            if "libtorch" in Path(f"/proc/{child}/maps").read_text():
+                return child
+        except OSError:
+            continue
     return None
 
 
