@@ -9,6 +9,7 @@ import logging
 import os
 import socket
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -36,11 +37,12 @@ class StartError(Exception):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0 after an orderly stop, 1 when the server cannot start or its engine is down for good, 2 for wrong options."""
+    begun = time.monotonic()
     config = parse_options(arguments, os.environ)
     os.environ.pop("AWQSERVE_API_KEY", None)  # the processes that this one starts have no use for it
     configure_logging(config.log_level, config.log_format)
     try:
-        return _run(config)
+        return _run(config, begun)
     except StartError as error:
         print(f"awq-serve: error: {error}", file=sys.stderr)
         return 1
@@ -48,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _run(config: ServerConfig) -> int:
+def _run(config: ServerConfig, begun: float) -> int:
     """Check what can be checked at once, start the engine, and import the web server while it loads."""
     from server.checkpoint_files import check_lengths, verify_sums
     from server.engine.client import EngineClient
@@ -90,7 +92,7 @@ def _run(config: ServerConfig) -> int:
 
         try:
             startup = Startup(
-                open_whole_model, lambda engine: _launcher(config, engine), listener, metrics_listener, keys
+                open_whole_model, lambda engine: _launcher(config, engine), listener, metrics_listener, keys, begun
             )
             serve(replace(config, engine=engine_config), client, model, startup)
         except ServeError as error:

@@ -68,13 +68,15 @@ def _has_terminal() -> bool:
 @dataclass(frozen=True, slots=True)
 class Startup:
     """What `serve` is given. `open_model` finds and checks the model anew, for a reload: the configuration of its engine, and its
-    own; ValueError for one that is not fit. `launcher` starts engines of a configuration."""
+    own; ValueError for one that is not fit. `launcher` starts engines of a configuration. `begun` is the monotonic time when the
+    command began."""
 
     open_model: Callable[[], tuple[EngineConfig, ModelConfig]]
     launcher: Callable[[EngineConfig], Launcher]
     listener: socket.socket
     metrics_listener: socket.socket | None
     keys: tuple[ApiKey, ...]
+    begun: float
 
 
 def serve(config: ServerConfig, client: EngineClient, model: ModelConfig, startup: Startup) -> None:
@@ -118,7 +120,6 @@ class _Service:
         self._reloading: asyncio.Task[None] | None = None
 
     async def run(self, model: ModelConfig) -> None:
-        begin = time.monotonic()
         starting = asyncio.ensure_future(self._client.start())
         startup = self._startup
         try:
@@ -128,7 +129,7 @@ class _Service:
             if starting.done():
                 info = starting.result()
                 self._source.replace(self._context(info, model, self._files))
-                logger.info("started in %.1f s", time.monotonic() - begin)
+                logger.info("started in %.1f s", time.monotonic() - startup.begun)
                 self._say(_ready_line(self._config, startup.listener, info))
                 await self._until_stopped(serving)
             if serving.done():
