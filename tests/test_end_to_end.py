@@ -52,13 +52,11 @@ def check_outputs(outputs: list[list[int]], expected: list[list[int]], min_varie
 
 def test_greedy_equals_transformers_on_the_demo_model(demo_server: Server, demo_model: Path) -> None:
     model = dequantized_model(demo_model)
-    outputs, expected = [], []
-    for prompt in GREEDY_PROMPTS:
-        answer = demo_server.complete(
-            prompt, max_tokens=NUM_TOKENS, temperature=0, ignore_eos=True, return_token_ids=True
-        )["choices"][0]
-        outputs.append(answer["token_ids"])
-        expected.append(cached_greedy(model, answer["prompt_token_ids"], NUM_TOKENS))
+    choices = demo_server.complete(
+        GREEDY_PROMPTS, max_tokens=NUM_TOKENS, temperature=0, ignore_eos=True, return_token_ids=True
+    )["choices"]
+    outputs = [choice["token_ids"] for choice in choices]
+    expected = [cached_greedy(model, choice["prompt_token_ids"], NUM_TOKENS) for choice in choices]
     # Which prompt makes a small greedy model repeat itself depends on the last bits of the checkpoint.
     check_outputs(outputs, expected, min_varied=4)
 
