@@ -117,8 +117,12 @@ def test_killed_at_random_moments(kills: int, make_checkpoint: Callable[..., Pat
     started = time.monotonic()
     _run(source, tmp_path / "expected")
     whole, expected = time.monotonic() - started, _bytes(tmp_path / "expected")
-    finished = _killed_at_random(source, out, expected, whole, kills)
-    assert len(finished) == kills and any(finished), "none got as far as a layer"
+    for slower in (1, 2, 4):  # than the first run, when others want the processor now
+        finished = _killed_at_random(source, out, expected, slower * whole, kills)
+        assert len(finished) == kills
+        if any(finished):
+            break
+    assert any(finished), "none got as far as a layer"
     _run(source, out)
     assert _bytes(out) == expected and not work_folder_path(out).exists()
 
