@@ -2,8 +2,8 @@
 
 Weights, activations and the KV cache are fp32. A row's result does not depend on the batch around it: linears are computed
 TILE_ROWS rows at a time, always the same product, since libraries sum in another order for another number of rows; attention's
-small matmuls are padded to a multiple of ROW_MULTIPLE rows, and its sums have an order fixed by position. Activations and caps go
-through float64: torch computes what is left of a vector, or of a thread's part, by another function with other last bits.
+small matmuls are padded to a multiple of ROW_MULTIPLE rows, and its sums have an order fixed by position. SiLU, GELU and
+sigmoid go through float64: torch computes what is left of a vector, or of a thread's part, by another function with other bits.
 """
 
 from __future__ import annotations
@@ -294,7 +294,7 @@ class ReferenceBackend(HostBackend):
 
     def logits(self, hidden: LinearInput, head: PreparedLinear, soft_cap: float | None = None) -> Tensor:
         logits = self.linear(hidden, head)
-        return logits if soft_cap is None else soft_cap * _tanh(logits / soft_cap)
+        return logits if soft_cap is None else soft_cap * torch.tanh(logits / soft_cap)
 
     def sample(self, logits: Tensor, sampling: SamplingBatch) -> SampledRows:
         n = sampling.num_rows
@@ -316,7 +316,7 @@ class ReferenceBackend(HostBackend):
 
 def route(logits: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
     """The experts of each token and their weights, both [rows, active], in the order of `Backend.moe`."""
-    shared = logits[:, -1:].sigmoid() if routing.shared else logits[:, :0]
+    shared = logits[:, -1:].double().sigmoid().float() if routing.shared else logits[:, :0]
     logits = logits[:, :-1] if routing.shared else logits
     chosen = logits.sort(dim=-1, descending=True, stable=True).indices[:, : routing.num_active]
     weights = logits.softmax(-1).gather(-1, chosen)
@@ -383,10 +383,6 @@ def plan_attention(
     return work
 
 
-def _tanh(values: Tensor) -> Tensor:
-    return torch.tanh(values.double()).float()
-
-
 def segmented_attention(
     q: Tensor,
     keys: Tensor,
@@ -416,7 +412,7 @@ def segmented_attention(
     expanded = q[:, None].expand(*lead, padded, shape.head_dim).reshape(-1, padded, shape.head_dim)
     scores = torch.bmm(expanded, k.reshape(-1, shape.head_dim, KEY_BLOCK)).view(*lead, padded, KEY_BLOCK)
     if soft_cap is not None:
-        scores = soft_cap * _tanh(scores / soft_cap)
+        scores = soft_cap * torch.tanh(scores / soft_cap)
     scores = scores.masked_fill(~visible, -torch.inf)
 
     block_max = scores.amax(-1)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from kernels.backend import AttentionShape, BackendOptions, KVCacheSpec, QKNorm, RotaryTable
+from kernels.backend import Activation, AttentionShape, BackendOptions, KVCacheSpec, QKNorm, RotaryTable
 from kernels.batch import SamplingBatch
 from kernels.format import DenseWeight
 from kernels.reference import DenseInput, DenseLinear, ReferenceBackend, sample_rows, uniform
@@ -55,6 +55,22 @@ def test_matmul_rows_do_not_depend_on_the_batch(in_features: int, out_features: 
         (30, 100),
     ):
         assert torch.equal(linear(x[start : start + rows].clone()), whole[start : start + rows])
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_activations_of_a_row_do_not_depend_on_the_batch(backend: ReferenceBackend, activation: Activation) -> None:
+    """With two threads, between whose parts of a large batch vectors are cut."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for width in (80, 96, 160, 176):
+            gate_up = 3 * torch.randn(1501, 2 * width)
+            whole = backend.act_and_mul(gate_up, activation).dense()
+            for start, rows in ((0, 1), (3, 1), (7, 2), (20, 17), (500, 701), (740, 30)):
+                part = backend.act_and_mul(gate_up[start : start + rows].clone(), activation).dense()
+                assert torch.equal(part, whole[start : start + rows])
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def attention_case(

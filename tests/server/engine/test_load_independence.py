@@ -127,7 +127,7 @@ def builder(demo_model: Path, backend: str, threads: int, longest: int, **option
 
 
 def test_reference(demo_model: Path) -> None:
-    check_law(builder(demo_model, "reference", 0, 60), mixed_requests(demo_model, 5, 60))
+    check_law(builder(demo_model, "reference", 0, 90), mixed_requests(demo_model, 6, 90))
 
 
 @needs_native
