@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from tests.operate.attacks import ATTACKS, Target
-from tests.operate.memory import process_tree
+from tests.operate.processes import process_tree
 from tests.served import Server
 
 GOOD, BAD = "good-client-0123456789", "bad-client-0123456789"

@@ -23,6 +23,7 @@ from typing import Any
 
 import httpx
 
+from tests.operate.processes import engine_pid
 from tests.served import Server
 
 SIGNALS = (signal.SIGKILL, signal.SIGSEGV, signal.SIGSTOP)
@@ -54,28 +55,6 @@ class Tally:
     wrong: list[str] = field(default_factory=list)
     detected: dict[str, list[float]] = field(default_factory=dict)  # seconds from the signal to /health 503
     back: list[float] = field(default_factory=list)  # seconds from there to /health 200
-
-
-def engine_pid(server_pid: int) -> int | None:
-    """The child of the server that has torch loaded."""
-    for child in _children(server_pid):
-        try:
-            if "libtorch" in Path(f"/proc/{child}/maps").read_text():
-                return child
-        except OSError:
-            continue
-    return None
-
-
-def _children(pid: int) -> list[int]:
-    try:
-        return [
-            int(child)
-            for path in Path(f"/proc/{pid}/task").iterdir()
-            for child in (path / "children").read_text().split()
-        ]
-    except OSError:
-        return []
 
 
 def questions(count: int) -> list[Question]:

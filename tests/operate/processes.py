@@ -1,4 +1,4 @@
-"""How much memory a server's processes hold for themselves, and whether it grows."""
+"""A server's processes: which they are, how much memory they hold for themselves, and whether it grows."""
 
 from __future__ import annotations
 
@@ -13,30 +13,22 @@ def pss(pid: int) -> int:
     return (sizes["Pss"] - sizes["Pss_File"]) * 1024
 
 
-def descendants(pid: int) -> set[int]:
-    """All processes that this one has started, and those that they have."""
-    parents: dict[int, int] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parents[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            except OSError:  # it has ended
-                continue
-    found: set[int] = set()
-    while new := {child for child, parent in parents.items() if parent in found | {pid}} - found:
-        found |= new
-    return found
+def engine_pid(server_pid: int) -> int | None:
+    """The child of the server that has torch loaded."""
+    for path in Path(f"/proc/{server_pid}/task").glob("*/children"):
+        try:
+            for child in path.read_text().split():
+                if "libtorch" in Path(f"/proc/{child}/maps").read_text():
+                    return int(child)
+        except OSError:  # a thread or a child has ended
+            continue
+    return None
 
 
 def process_tree(pid: int) -> dict[str, int]:
-    """ "server" and "engine" (what holds most of those that it has started) to their process ids."""
-    sizes = {}
-    for child in descendants(pid):
-        try:
-            sizes[pss(child)] = child
-        except OSError:
-            continue
-    return {"server": pid, "engine": sizes[max(sizes)]}
+    """ "server" and "engine", as far as it runs, to their process ids."""
+    engine = engine_pid(pid)
+    return {"server": pid} if engine is None else {"server": pid, "engine": engine}
 
 
 class Growth:

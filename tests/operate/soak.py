@@ -24,7 +24,7 @@ from typing import Any
 
 import httpx
 
-from tests.operate.memory import Growth, process_tree, slope_per_10_minutes
+from tests.operate.processes import Growth, process_tree, slope_per_10_minutes
 from tests.served import Server
 
 KEY = "soak-client-0123456789"

@@ -25,6 +25,7 @@ import torch
 from quantizer.export import write_sums
 from server.engine.client import EngineState
 from tests.operate import chaos
+from tests.operate.processes import engine_pid
 from tests.served import Server
 from tests.server.fakes import echo_engine, served_edge
 from tests.tiny_models import add_tokenizer, make_tiny_model
@@ -121,7 +122,7 @@ def test_a_reload_takes_what_is_there_now_and_refuses_what_is_damaged(tmp_path: 
 
 def test_an_engine_that_hangs_does_not_outlive_its_server(model: Path) -> None:
     server = Server(model, *FLAGS)
-    pid = chaos.engine_pid(server.process.pid)
+    pid = engine_pid(server.process.pid)
     assert pid is not None
     os.kill(pid, signal.SIGSTOP)
     server.process.kill()
@@ -146,7 +147,7 @@ def test_a_crash_loop_ends_with_a_message_and_an_exit_code(tmp_path: Path) -> No
     server = Server(directory, *FLAGS)
     server.complete(**BODY)
     shutil.rmtree(directory)
-    pid = chaos.engine_pid(server.process.pid)
+    pid = engine_pid(server.process.pid)
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
     assert server.process.wait(90) == 1

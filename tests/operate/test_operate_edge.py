@@ -8,7 +8,7 @@ import pytest
 
 from tests.operate import abuse, soak
 from tests.operate.attacks import ATTACKS
-from tests.operate.memory import Growth, pss, slope_per_10_minutes
+from tests.operate.processes import Growth, pss, slope_per_10_minutes
 
 
 def test_slopes() -> None:
