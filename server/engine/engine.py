@@ -167,17 +167,7 @@ def _memory(backend: Backend) -> MemoryLimit:
     return memory_limit() if device is None else MemoryLimit(*device, "GPU memory")
 
 
-def _max_draft_rows(config: EngineConfig, max_batched: int, on_gpu: bool) -> int:
-    if config.speculative is None:
-        return 0
-    most = MAX_DRAFT_ROWS_GPU if on_gpu else MAX_DRAFT_ROWS
-    return min(most, config.speculative.num_tokens * config.max_num_seqs, max_batched - 1)
-
-
-def build_engine(config: EngineConfig, epoch: int = 0) -> Engine:
-    """Loads the model and sizes everything. Raises ModelError, FormatError or ValueError for what the user must mend."""
-    model_dir = Path(config.model)
-    model = load_model_config(model_dir)
+def _create_backend(config: EngineConfig) -> Backend:
     options = BackendOptions(
         num_threads=config.threads,
         device=config.device,
@@ -187,15 +177,46 @@ def build_engine(config: EngineConfig, epoch: int = 0) -> Engine:
         cpu_activations=config.cpu_activations,
         lm_head_dtype=config.lm_head_dtype,
     )
-    backend = create_backend(config.kernel_backend, options)
-    on_gpu = backend.device.type == "cuda"
-    default_batched = DEFAULT_MAX_NUM_BATCHED_TOKENS_GPU if on_gpu else DEFAULT_MAX_NUM_BATCHED_TOKENS
-    max_batched = config.max_num_batched_tokens or max(default_batched, config.max_num_seqs)
+    return create_backend(config.kernel_backend, options)
+
+
+def _max_batched_tokens(config: EngineConfig, on_gpu: bool) -> int:
+    default = DEFAULT_MAX_NUM_BATCHED_TOKENS_GPU if on_gpu else DEFAULT_MAX_NUM_BATCHED_TOKENS
+    max_batched = config.max_num_batched_tokens or max(default, config.max_num_seqs)
     if max_batched < config.max_num_seqs:
         raise ModelError(
             f"--max-num-batched-tokens {max_batched} is less than --max-num-seqs {config.max_num_seqs}: "
             "a step must hold one token of every running sequence"
         )
+    return max_batched
+
+
+def _max_draft_rows(config: EngineConfig, max_batched: int, on_gpu: bool) -> int:
+    if config.speculative is None:
+        return 0
+    most = MAX_DRAFT_ROWS_GPU if on_gpu else MAX_DRAFT_ROWS
+    return min(most, config.speculative.num_tokens * config.max_num_seqs, max_batched - 1)
+
+
+def _drafting(config: EngineConfig, step_time: StepTime, max_rows: int, notes: list[str]) -> Drafting | None:
+    """Adds to `notes` when drafts pay."""
+    if config.speculative is None:
+        return None
+    notes.append(
+        f"drafts of up to {config.speculative.num_tokens} tokens: at batch 1 worth while with a chance of "
+        f"{step_time.marginal_share(1):.0%}, at 16 with {step_time.marginal_share(16):.0%}"
+    )
+    logger.info("%s", notes[-1])
+    return Drafting(config.speculative, step_time, max_rows)
+
+
+def build_engine(config: EngineConfig, epoch: int = 0) -> Engine:
+    """Loads the model and sizes everything. Raises ModelError, FormatError or ValueError for what the user must mend."""
+    model_dir = Path(config.model)
+    model = load_model_config(model_dir)
+    backend = _create_backend(config)
+    on_gpu = backend.device.type == "cuda"
+    max_batched = _max_batched_tokens(config, on_gpu)
     longest = config.max_model_len or model.max_context
     max_draft_rows = _max_draft_rows(config, max_batched, on_gpu)
     with verified(model_dir) if config.verify_checksums else contextlib.nullcontext():
@@ -248,14 +269,7 @@ def build_engine(config: EngineConfig, epoch: int = 0) -> Engine:
         logger.info("%s", notes[-1])
     block_manager = BlockManager(plan.num_blocks, config.block_size, config.enable_prefix_caching)
     aging = config.priority_aging_seconds if config.scheduling_policy == "priority" else None
-    drafting = None
-    if config.speculative is not None:
-        drafting = Drafting(config.speculative, STEP_TIME_GPU if on_gpu else step_time, max_draft_rows)
-        notes.append(
-            f"drafts of up to {config.speculative.num_tokens} tokens: at batch 1 worth while with a chance of "
-            f"{drafting.step_time.marginal_share(1):.0%}, at 16 with {drafting.step_time.marginal_share(16):.0%}"
-        )
-        logger.info("%s", notes[-1])
+    drafting = _drafting(config, STEP_TIME_GPU if on_gpu else step_time, max_draft_rows, notes)
     scheduler = Scheduler(
         block_manager, config.max_num_seqs, budget, plan.max_model_len, eos_token_ids, aging, drafting
     )
