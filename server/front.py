@@ -15,7 +15,6 @@ from server.api.access import KeyLimits
 from server.api.admission import Admission, Observers
 from server.api.app import Cors, Gate, create_app, create_metrics_app
 from server.api.context import ContextSource
-from server.api.record import Recorder, RequestRecord, current_record
 from server.config import ServerConfig
 from server.edge_metrics import EdgeMetrics
 from server.engine.observer import EngineObserver
@@ -25,6 +24,7 @@ from server.logs import add_request_ids, log_access
 from server.metric_families import MetricFamilies, render
 from server.metrics import MetricsRecorder
 from server.model_config import ModelConfig
+from server.record import Recorder, RequestRecord, current_record
 from server.tracing import Tracing, TracingUnavailable
 from server.types import EngineInfo
 

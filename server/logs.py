@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from typing import Protocol
+
+from server.record import RequestRecord
 
 _NOISY = ("httpx", "httpcore", "filelock", "urllib3", "opentelemetry")
 # What every record has; whatever else one has was given with `extra`, and belongs in the JSON.
@@ -73,36 +74,7 @@ def add_request_ids(current: Callable[[], str | None]) -> None:
         handler.addFilter(add)
 
 
-class _Generated(Protocol):
-    @property
-    def num_prompt_tokens(self) -> int: ...
-
-    @property
-    def num_output_tokens(self) -> int: ...
-
-
-class _Record(Protocol):
-    """What the access log tells of a request (`server.api.record.RequestRecord`)."""
-
-    @property
-    def request_id(self) -> str: ...
-    @property
-    def method(self) -> str: ...
-    @property
-    def path(self) -> str: ...
-    @property
-    def client(self) -> str: ...
-    @property
-    def key_name(self) -> str | None: ...
-    @property
-    def status(self) -> int: ...
-    @property
-    def seconds(self) -> float: ...
-    @property
-    def generated(self) -> Callable[[], _Generated] | None: ...
-
-
-def log_access(record: _Record) -> None:
+def log_access(record: RequestRecord) -> None:
     """One line of the access log. Neither query nor body: both may hold what is nobody's business."""
     generated = None if record.generated is None else record.generated()
     fields: dict[str, object] = {

@@ -5,65 +5,17 @@ Attributes have the names of the conventions for generative AI. A client's `trac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
+
+from server.record import Generated, RequestRecord
+from server.types import RequestTimings
 
 _SERVICE = "awq-serve"
 
 
 class TracingUnavailable(Exception):
     """Traces are asked for, and cannot be had. One line says why."""
-
-
-class _Timings(Protocol):
-    @property
-    def arrival(self) -> float: ...
-    @property
-    def first_scheduled(self) -> float | None: ...
-    @property
-    def first_token(self) -> float | None: ...
-    @property
-    def finished(self) -> float: ...
-
-
-class _Generated(Protocol):
-    @property
-    def operation(self) -> str: ...
-    @property
-    def response_id(self) -> str: ...
-    @property
-    def model(self) -> str: ...
-    @property
-    def parameters(self) -> Mapping[str, float | int | str]: ...
-    @property
-    def num_prompt_tokens(self) -> int: ...
-    @property
-    def num_output_tokens(self) -> int: ...
-    @property
-    def finish_reasons(self) -> Sequence[str]: ...
-    @property
-    def timings(self) -> Sequence[_Timings]: ...
-
-
-class _Record(Protocol):
-    """What a span tells of a request (`server.api.record.RequestRecord`)."""
-
-    @property
-    def request_id(self) -> str: ...
-    @property
-    def method(self) -> str: ...
-    @property
-    def route(self) -> str | None: ...
-    @property
-    def status(self) -> int: ...
-    @property
-    def seconds(self) -> float: ...
-    @property
-    def start_time(self) -> float: ...
-    @property
-    def traceparent(self) -> Mapping[str, str]: ...
-    @property
-    def generated(self) -> Callable[[], _Generated] | None: ...
 
 
 class Tracing:
@@ -92,7 +44,7 @@ class Tracing:
         self._tracer = self._provider.get_tracer("awq-serve", version)
         self._propagator = TraceContextTextMapPropagator()
 
-    def record(self, record: _Record) -> None:
+    def record(self, record: RequestRecord) -> None:
         """A recorder of requests: exports the span of one that got as far as to ask the model."""
         from opentelemetry.trace import SpanKind, Status, StatusCode
 
@@ -118,7 +70,7 @@ class Tracing:
         self._provider.shutdown()
 
 
-def _attributes(record: _Record, generated: _Generated) -> dict[str, Any]:
+def _attributes(record: RequestRecord, generated: Generated) -> dict[str, Any]:
     attributes: dict[str, Any] = {
         "gen_ai.operation.name": generated.operation,
         "gen_ai.provider.name": _SERVICE,
@@ -140,7 +92,7 @@ def _attributes(record: _Record, generated: _Generated) -> dict[str, Any]:
     return attributes
 
 
-def _latencies(timings: Sequence[_Timings]) -> dict[str, float]:
+def _latencies(timings: Sequence[RequestTimings]) -> dict[str, float]:
     """Of all choices together, in seconds, by vLLM's names."""
     arrival = min(times.arrival for times in timings)
     latencies = {"gen_ai.latency.e2e": max(times.finished for times in timings) - arrival}

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.api.errors import RequestError, any_error_response
-from server.api.record import current_record
 from server.keys import ApiKey
+from server.record import current_record
 
 # Without a key: what probes ask, and the page, whose files are the same for everybody.
 _OPEN_PATHS = frozenset({"/live", "/health", "/ready"})

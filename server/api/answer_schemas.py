@@ -184,59 +184,46 @@ class OutputItemDone(_Event, tag="response.output_item.done"):
     item: Item
 
 
-class ContentPartAdded(_Event, tag="response.content_part.added"):
+class _ItemEvent(_Event):
     output_index: int
     item_id: str
+
+
+class _ContentEvent(_ItemEvent):
     content_index: int
+
+
+class ContentPartAdded(_ContentEvent, tag="response.content_part.added"):
     part: OutputText
 
 
-class ContentPartDone(_Event, tag="response.content_part.done"):
-    output_index: int
-    item_id: str
-    content_index: int
+class ContentPartDone(_ContentEvent, tag="response.content_part.done"):
     part: OutputText
 
 
-class OutputTextDelta(_Event, tag="response.output_text.delta"):
-    output_index: int
-    item_id: str
-    content_index: int
+class OutputTextDelta(_ContentEvent, tag="response.output_text.delta"):
     delta: str
     logprobs: list[Any]
 
 
-class OutputTextDone(_Event, tag="response.output_text.done"):
-    output_index: int
-    item_id: str
-    content_index: int
+class OutputTextDone(_ContentEvent, tag="response.output_text.done"):
     text: str
     logprobs: list[Any]
 
 
-class ReasoningTextDelta(_Event, tag="response.reasoning_text.delta"):
-    output_index: int
-    item_id: str
-    content_index: int
+class ReasoningTextDelta(_ContentEvent, tag="response.reasoning_text.delta"):
     delta: str
 
 
-class ReasoningTextDone(_Event, tag="response.reasoning_text.done"):
-    output_index: int
-    item_id: str
-    content_index: int
+class ReasoningTextDone(_ContentEvent, tag="response.reasoning_text.done"):
     text: str
 
 
-class ArgumentsDelta(_Event, tag="response.function_call_arguments.delta"):
-    output_index: int
-    item_id: str
+class ArgumentsDelta(_ItemEvent, tag="response.function_call_arguments.delta"):
     delta: str
 
 
-class ArgumentsDone(_Event, tag="response.function_call_arguments.done"):
-    output_index: int
-    item_id: str
+class ArgumentsDone(_ItemEvent, tag="response.function_call_arguments.done"):
     name: str
     arguments: str
 

@@ -24,12 +24,12 @@ from server.api.context import ApiContext, ContextSource
 from server.api.embeddings import EmbeddingsRequest
 from server.api.errors import HANDLERS
 from server.api.messages_schemas import CountTokensRequest, MessagesRequest
-from server.api.record import Recorder, current_record
 from server.api.request_id import RequestIds
 from server.api.responses import ChatChunk, ChatCompletion, Completion, Embeddings
 from server.api.responses_schemas import ResponsesRequest
 from server.api.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, Schema, TokenizeRequest
 from server.api.sse import ClientGone
+from server.record import Recorder, current_record
 
 _BODIES: tuple[type[Schema], ...] = (
     CompletionRequest,

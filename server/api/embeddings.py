@@ -25,11 +25,11 @@ from server.api.prompts import (
     room_after,
     split_prompt,
 )
-from server.api.record import Generated, note_generated
 from server.api.responses import Embedding, Embeddings, EmbeddingsUsage, PromptTokensDetails, json_response
 from server.api.schemas import Integer, OnlyNull, Prompt, Schema
 from server.api.sse import unless_disconnected
 from server.engine.client import Mailbox
+from server.record import Generated, note_generated
 from server.types import AbortReason, FinishReason, Pooling, PoolRequest
 
 

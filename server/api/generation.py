@@ -11,9 +11,9 @@ from server.api.context import ApiContext
 from server.api.errors import RequestError
 from server.api.parse import GenerationJob, PromptJob
 from server.api.prompts import log_prompts
-from server.api.record import Generated, note_generated
 from server.api.responses import PromptTokensDetails, RequestMetrics, Usage
 from server.engine.client import EngineClient, Mailbox
+from server.record import Generated, note_generated
 from server.text import Detokenizer, StopStrings, Tokenizer
 from server.types import AbortReason, FinishReason, GenerateRequest, RequestTimings, TokenEvent, TokenLogprob
 

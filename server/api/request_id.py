@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.errors import RequestError, error_response
-from server.api.record import Recorder, RequestRecord, finish_record, set_current
+from server.record import Recorder, RequestRecord, finish_record, set_current
 
 logger = logging.getLogger(__name__)
 

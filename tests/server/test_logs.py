@@ -10,9 +10,9 @@ from collections.abc import Iterator
 import pytest
 
 from server.api.app import Gate
-from server.api.record import current_record
 from server.keys import parse_keys
 from server.logs import JsonFormatter, TextFormatter, add_request_ids, configure_logging, log_access
+from server.record import current_record
 from tests.server.fakes import running_edge
 
 SECRET = "a-secret-of-some-length"
