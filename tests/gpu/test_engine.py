@@ -4,6 +4,7 @@ stand-in."""
 from __future__ import annotations
 
 import functools
+import itertools
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from kernels.batch import ForwardBatch
 from kernels.gpu.backend import GpuBackend
 from kernels.reference import ReferenceBackend
 from server.config import EngineConfig, NgramSpeculation
+from server.engine.drafts import Drafter
 from server.engine.engine import Engine, build_engine
 from server.model_config import load_model_config
 from server.models.decoder import Decoder
@@ -180,13 +182,18 @@ def serve(engine: Engine, max_tokens: int = 4, **rules: Any) -> dict[str, list[i
 def test_drafts_change_nothing_where_the_batch_changes_nothing(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Steps with drafts run op by op, beside graphs of decodes."""
+    """Steps with drafts run op by op, beside graphs of decodes. Every second proposal ends in a token that cannot come."""
     rules = {"allowed_token_ids": (40, 41), "frequency_penalty": 0.5, "bad_words": ((40, 40, 40),)}
     plain = engine_of(checkpoint, monkeypatch, HostDevice(), batch_invariant=True)
     drafted = engine_of(
         checkpoint, monkeypatch, HostDevice(), batch_invariant=True, speculative=NgramSpeculation(3, 1, 2)
     )
     step, accepted = Engine.step, [0, 0]
+    propose, proposals = Drafter.propose, itertools.count()
+
+    def proposing(self: Drafter, *arguments: Any) -> list[int]:
+        drafts = propose(self, *arguments)
+        return [*drafts[:-1], 42] if drafts and next(proposals) % 2 else drafts
 
     def counting(self: Engine) -> Any:
         output = step(self)
@@ -194,6 +201,7 @@ def test_drafts_change_nothing_where_the_batch_changes_nothing(
         accepted[1] += sum(output.stats.num_accepted_per_position)
         return output
 
+    monkeypatch.setattr(Drafter, "propose", proposing)
     monkeypatch.setattr(Engine, "step", counting)
     assert serve(drafted, 9, **rules) == serve(plain, 9, **rules)
     assert 2 <= accepted[1] < accepted[0]
