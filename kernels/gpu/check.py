@@ -33,13 +33,10 @@ class Looser:
     instructions: float
     reason: str
     registers: int = 0  # 0: the rule's
-    spills: int = 0
 
 
 def looser(case: Case, arch: str) -> Looser | None:
     """The cells that the rule does not fit."""
-    if arch == "sm_75":
-        return _looser_on_turing(case)
     mma_by_warp = arch != "sm_90"
     if case.block_m == 64 and mma_by_warp:
         return Looser(
@@ -52,17 +49,6 @@ def looser(case: Case, arch: str) -> Looser | None:
         return Looser(0.2, "scales in the loop for each half or quarter of a tile, applied to the weights")
     if case.block_m <= 16 and case.group_size == 64 and arch == "sm_90":
         return Looser(0.1, "four HGMMA groups instead of one, each with its descriptors and its wait")
-    return None
-
-
-def _looser_on_turing(case: Case) -> Looser | None:
-    """Products and sums run on FP32 units there, by 16 warps, for which registers end at 128."""
-    if case.label == "whole K, fp32 out":
-        return Looser(0.0, "16 warps have 128 registers; the store after the loop wants a few more", spills=16)
-    if case.label.startswith("D 256") and case.label.endswith("window, soft cap, batch invariant"):
-        return Looser(
-            0.0, "16 warps have 128 registers; two sums of 256 channels, a window and a cap want more", spills=48
-        )
     return None
 
 
@@ -94,8 +80,7 @@ def register_ceiling(case: Case, arch: str) -> int | None:
 def faults(case: Case, compiled: Compiled) -> list[str]:
     """What the binary breaks, in words; empty when all holds."""
     arch, found = compiled.arch, []
-    exception = looser(case, arch)
-    if compiled.spills > (exception.spills if exception else 0):
+    if compiled.spills:
         found.append(f"{compiled.spills} spills")
     if arch.startswith("sm_") and compiled.count("I2F"):
         found.append(f"{compiled.count('I2F')} integer to float conversions")
@@ -128,16 +113,14 @@ def row(case: Case, compiled: Compiled) -> str:
     ceiling, per_weight = instruction_ceiling(case, arch), ""
     if case.weights_per_thread and compiled.loop_length:
         per_weight = f"{instructions_per_weight(case, compiled):.2f}" + (f" / {ceiling:.1f}" if ceiling else "")
-    exception = looser(case, arch)
-    exception = exception if ceiling or (exception and exception.spills) else None
-    spills = f"{compiled.spills} / {exception.spills}" if exception and exception.spills else str(compiled.spills)
+    exception = looser(case, arch) if ceiling else None
     limit = register_ceiling(case, arch)
     registers = f"{compiled.registers} / {limit}" if limit else str(compiled.registers)
     mma = "HGMMA" if compiled.count("HGMMA") else "HMMA" if compiled.count("HMMA") else ""
     dtype = str(case.dtype).removeprefix("torch.").replace("float16", "fp16").replace("bfp16", "bf16")
     dtype = dtype.replace("float32", "fp32")
     cells = [
-        arch, case.kernel, case.label, dtype, group, registers, spills, per_weight,
+        arch, case.kernel, case.label, dtype, group, registers, str(compiled.spills), per_weight,
         str(compiled.count("I2F")) if arch.startswith("sm_") else "", str(wide_copies(compiled) or ""), mma,
         f"{compiled.shared_nbytes / 1024:.0f}", exception.reason if exception else "",
     ]  # fmt: skip

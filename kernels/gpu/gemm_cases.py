@@ -11,7 +11,7 @@ from kernels.gpu import awq_gemm
 from kernels.gpu.awq_gemm import PackedAwq
 from kernels.gpu.case import Case, chip_of, dtypes_of, launches, meta
 from kernels.gpu.launch import Launch
-from kernels.gpu.tuning import Chip, GemmConfig, expert_config, gemm_config
+from kernels.gpu.tuning import Chip, GemmConfig, expert_config, gemm_config, turing_config
 
 GROUP_SIZES = (128, 64, 32, 0)
 ROWS = (8, 16, 32, 64, 128)
@@ -113,7 +113,7 @@ def _end_cases(arch: str) -> Iterator[Case]:
     for num_parts in {1, base.num_parts}:
         for has_bias in (False, True):
             for out_dtype in (_FP16, torch.float32):
-                config = replace(base, num_parts=num_parts)
+                config = turing_config(num_parts) if arch == "sm_75" else replace(base, num_parts=num_parts)
                 launch = gemm_launch(_FP16, 128, config, 16, use_ptx, has_bias=has_bias, out_dtype=out_dtype)
                 words = ["whole K"] * (num_parts == 1) + ["bias"] * has_bias + ["fp32 out"] * (out_dtype != _FP16)
                 if words:

@@ -145,7 +145,7 @@ def gemm_config(
     block_m = next((rows for rows in entry.stages if num_rows <= rows), max(entry.stages))
     tiles = GemmConfig(block_m).tiles(num_rows, out_features)
     if chip.arch == "sm_75":
-        return GemmConfig(block_m, _num_parts(chip, entry, tiles, in_features), num_warps=16, num_stages=1)
+        return turing_config(_num_parts(chip, entry, tiles, in_features))
     return GemmConfig(
         block_m=block_m,
         num_parts=_num_parts(chip, entry, tiles, in_features),
@@ -154,6 +154,11 @@ def gemm_config(
         num_stages=entry.stages[block_m],
         max_registers=_max_registers(block_m, group_size),
     )
+
+
+def turing_config(num_parts: int) -> GemmConfig:
+    """The tile of up to 16 rows. 16 warps have 128 registers each; the code after a loop over all of K wants more."""
+    return GemmConfig(16, num_parts, num_warps=16 if num_parts > 1 else 8, num_stages=1)
 
 
 def expert_config(
@@ -245,7 +250,10 @@ def attention_config(chip: Chip, head_dim: int, group: int, segmented: bool, int
     wide = head_dim > 64
     least_rows = 1 << (group - 1).bit_length()
     if chip.arch == "sm_75":  # no tensor cores through Triton: small tiles
-        return AttentionConfig(16, max(16, least_rows), 16 if wide else 8, 8, 1)
+        prefill_warps = (
+            16 if wide and not (segmented and head_dim > 128) else 8
+        )  # 16 have 128 registers each, 8 have 255
+        return AttentionConfig(16, max(16, least_rows), prefill_warps, 8, 1)
     if chip.arch.startswith("gfx"):
         return AttentionConfig(32, max(32, least_rows), 4 if wide and int8 else 8, 4, 1)
     rows = 64

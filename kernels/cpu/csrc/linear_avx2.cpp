@@ -69,6 +69,40 @@ namespace {
   AWQ_NIBBLES(ROWS, AWQ_FIRST, "0", "0", "16") AWQ_NIBBLES(ROWS, AWQ_NEXT, "64", "32", "48")             \
   AWQ_NIBBLES(ROWS, AWQ_NEXT, "128", "64", "80") AWQ_NIBBLES(ROWS, AWQ_NEXT, "192", "96", "112")
 
+// Two steps of one row against two panels, %[w] and %[u]: a broadcast serves both. No prefetches: here they cost more than they bring.
+#define AWQ_NIBBLES_OF(OP, weights, T)                                         \
+  "vmovdqa " weights ", %[v0]\n"                                               \
+  "vmovdqa 32+" weights ", %[v1]\n"                                            \
+  "vpand %[v0], %[mask], %[w0]\n"                                              \
+  "vpand %[v1], %[mask], %[w1]\n"                                              \
+  "vpsrlw $4, %[v0], %[v0]\n"                                                  \
+  "vpsrlw $4, %[v1], %[v1]\n"                                                  \
+  OP(T)                                                                        \
+  "vpand %[v0], %[mask], %[v0]\n"                                              \
+  "vpand %[v1], %[mask], %[v1]\n"                                              \
+  "vpmaddubsw %[y], %[v0], %[v0]\n"                                            \
+  "vpmaddubsw %[y], %[v1], %[v1]\n"                                            \
+  "vpaddw %[v0], %[" T "0], %[" T "0]\n"                                       \
+  "vpaddw %[v1], %[" T "1], %[" T "1]\n"
+#define AWQ_LOW_FIRST(T) "vpmaddubsw %[x], %[w0], %[" T "0]\n vpmaddubsw %[x], %[w1], %[" T "1]\n"
+#define AWQ_LOW_NEXT(T)                                                        \
+  "vpmaddubsw %[x], %[w0], %[w0]\n vpmaddubsw %[x], %[w1], %[w1]\n"            \
+  "vpaddw %[w0], %[" T "0], %[" T "0]\n vpaddw %[w1], %[" T "1], %[" T "1]\n"
+#define AWQ_NIBBLES_PAIR(OP, weights, low, high)                               \
+  "vpbroadcastd " low "(%[a]), %[x]\n"                                         \
+  "vpbroadcastd " high "(%[a]), %[y]\n"                                        \
+  AWQ_NIBBLES_OF(OP, weights "(%[w])", "A") AWQ_NIBBLES_OF(OP, weights "(%[u])", "B")
+
+AWQ_INLINE void nibbles_pair(const uint8_t* w, const uint8_t* u, const uint8_t* a, __m256i mask, __m256i (&s)[2][2]) {
+  __m256i w0, w1, v0, v1, x, y;
+  asm volatile(AWQ_NIBBLES_PAIR(AWQ_LOW_FIRST, "0", "0", "16") AWQ_NIBBLES_PAIR(AWQ_LOW_NEXT, "64", "32", "48")
+               AWQ_NIBBLES_PAIR(AWQ_LOW_NEXT, "128", "64", "80") AWQ_NIBBLES_PAIR(AWQ_LOW_NEXT, "192", "96", "112")
+               : [A0] "=&x"(s[0][0]), [A1] "=&x"(s[0][1]), [B0] "=&x"(s[1][0]), [B1] "=&x"(s[1][1]), [w0] "=&x"(w0), [w1] "=&x"(w1),
+                 [v0] "=&x"(v0), [v1] "=&x"(v1), [x] "=&x"(x), [y] "=&x"(y)
+               : [w] "r"(w), [u] "r"(u), [a] "r"(a), [mask] "x"(mask)
+               : "memory");
+}
+
 // One step of 4 channels of int8 weights straight from the panel, against int16 activations: channels (0, 2), then (1, 3).
 #define AWQ_INT8_WIDE(ROWS)                            \
   "vmovdqa (%[w]), %[v0]\n"                            \
@@ -290,10 +324,67 @@ void nibble_tile(const PackedLinear& weight, int64_t panel_index, const uint8_t*
   store_rows<kRows>(weight, panel_index, total, y, ldy);
 }
 
+// One block of one row against two panels: adds to their `group`, or starts it.
+template <bool kFirst>
+AWQ_INLINE void nibble_block_pair(const uint8_t* w, const uint8_t* u, const uint8_t* a, const float* scales, __m256i mask,
+                                  Sums<2>& group) {
+  __m256i dot[2][2];
+  nibbles_pair(w, u, a, mask, dot);
+  widen<2>(dot);
+  const __m256 scale = _mm256_broadcast_ss(scales);
+  for (int p = 0; p < 2; ++p)
+    for (int h = 0; h < 2; ++h) {
+      const __m256 value = _mm256_cvtepi32_ps(dot[p][h]);
+      group.v[p][h] = kFirst ? _mm256_mul_ps(value, scale) : _mm256_fmadd_ps(value, scale, group.v[p][h]);
+    }
+}
+
+// nibble_tile of one row for two panels; the operations of each column are the same. What comes after a group of one panel runs beside
+// the next products of the other: 5% faster for groups of 64, 8% for 32, and no faster for longer ones.
+template <FloatType kScale, int kPer>
+void nibble_pair(const PackedLinear& weight, int64_t panel_index, const uint8_t* tile, float* y, int64_t ldy) {
+  const ActivationLayout& layout = weight.activations;
+  const uint8_t* panel = weight.panels.data() + panel_index * weight.panel_stride;
+  const int64_t next = weight.panel_stride;
+  const uint8_t* w = panel + weight.weights_offset;
+  const uint8_t* a = tile;
+  const float* scales = reinterpret_cast<const float*>(tile + layout.scales_offset);
+  const float* sums = reinterpret_cast<const float*>(tile + layout.sums_offset);
+  const uint8_t* weight_scales = panel;
+  const uint8_t* zeros = panel + layout.num_groups * kPanelColumns * 2;
+  const __m256i mask = _mm256_set1_epi8(15);
+  const int64_t per_group = kPer != 0 ? kPer : layout.blocks_per_group;
+  Sums<1> total[2] = {};
+  for (int64_t group = 0; group < layout.num_groups; ++group) {
+    Sums<2> partial;
+    nibble_block_pair<true>(w, w + next, a, scales, mask, partial);
+#pragma GCC unroll 4
+    for (int64_t b = 1; b < per_group; ++b)
+      nibble_block_pair<false>(w + b * 256, w + next + b * 256, a + b * 128, scales + b * kTileRows, mask, partial);
+    for (int p = 0; p < 2; ++p) {
+      GroupMeta meta;
+      for (int h = 0; h < 2; ++h) meta.scale[h] = load_half8(weight_scales + p * next + h * 16, kScale);
+      load_zeros(zeros + p * next, meta.zero);
+      const Sums<1> of_panel = {{{partial.v[p][0], partial.v[p][1]}}};
+      add_group<1>(meta, sums, of_panel, total[p]);
+    }
+    weight_scales += kPanelColumns * 2;
+    zeros += kPanelColumns;
+    w += per_group * 256;
+    a += per_group * 128;
+    scales += per_group * kTileRows;
+    sums += kTileRows;
+  }
+  for (int p = 0; p < 2; ++p) store_rows<1>(weight, panel_index + p, total[p], y, ldy);
+}
+
 template <FloatType kScale, int kPer>
 void run_nibbles(const PackedLinear& weight, const uint8_t* tiles, int64_t num_rows, float* y, int64_t ldy, int64_t panel_begin,
                  int64_t panel_end) {
-  for (int64_t panel = panel_begin; panel < panel_end; ++panel)
+  int64_t panel = panel_begin;
+  if (num_rows == 1 && (kPer == 1 || kPer == 2))
+    for (; panel + 2 <= panel_end; panel += 2) nibble_pair<kScale, kPer>(weight, panel, tiles, y, ldy);
+  for (; panel < panel_end; ++panel)
     for (int64_t row = 0; row < num_rows; row += kTileRows) {
       const uint8_t* tile = tiles + row / kTileRows * weight.activations.tile_stride;
       switch (num_rows - row) {
