@@ -18,9 +18,10 @@ from kernels.format import DenseWeight
 from kernels.gpu.awq_gemm import PackedAwq, align_experts, grouped_gemm, stack_experts
 from kernels.gpu.launch import launch
 from kernels.gpu.library import define, expect
+from kernels.gpu.tensors import GpuLinear
 
 if TYPE_CHECKING:
-    from kernels.gpu.backend import GpuBackend, GpuLinear
+    from kernels.gpu.backend import GpuBackend
 
 logger = logging.getLogger(__name__)
 

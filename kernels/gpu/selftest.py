@@ -13,8 +13,9 @@ from torch import Tensor
 from kernels.backend import AttentionShape, BackendOptions, KVCacheSpec, QKNorm
 from kernels.batch import ForwardBatch
 from kernels.format import AwqWeight, DenseWeight
-from kernels.gpu.backend import GpuBackend, GpuInput
+from kernels.gpu.backend import GpuBackend
 from kernels.gpu.device import CudaDevice
+from kernels.gpu.tensors import GpuInput
 from kernels.reference import DenseInput, ReferenceBackend
 
 BOUND = {"float16": 4e-3, "bfloat16": 3e-2}

@@ -18,7 +18,7 @@ from tests.gpu import interpreter
 
 interpreter.install()
 
-from kernels.gpu.backend import GpuSampledRows
+from kernels.gpu.tensors import GpuSampledRows
 from server.models.checkpoint import Checkpoint
 from tests.awq_checkpoints import make_awq_checkpoint
 from tests.gpu.devices import FakeCudaDevice, WithoutDeviceGuards

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from kernels.backend import BackendOptions, Routing
 from kernels.gpu import moe
-from kernels.gpu.backend import GpuBackend, GpuInput
+from kernels.gpu.backend import GpuBackend
+from kernels.gpu.tensors import GpuInput
 from kernels.reference import DenseInput, ReferenceBackend
 from kernels.reference import route as reference_route
 from tests.awq_checkpoints import make_awq_checkpoint

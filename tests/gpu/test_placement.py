@@ -16,8 +16,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from kernels.backend import RotaryTable
-from kernels.gpu.backend import GpuBackend, GpuSampledRows
+from kernels.gpu.backend import GpuBackend
 from kernels.gpu.launch import Launch
+from kernels.gpu.tensors import GpuSampledRows
 from kernels.gpu.tuning import CHIPS
 from server.config import NgramSpeculation
 from server.models.decoder import Decoder
