@@ -119,13 +119,13 @@ async def on_request_error(request: Request, error: Exception) -> JSONResponse:
     return any_error_response(error, request.url.path)
 
 
-async def on_unavailable(_: Request, error: Exception) -> JSONResponse:
+async def on_unavailable(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, EngineUnavailable)
-    return error_response(unavailable(str(error), error.retry_after))
+    return any_error_response(unavailable(str(error), error.retry_after), request.url.path)
 
 
-async def on_refused(_: Request, error: Exception) -> JSONResponse:
-    return error_response(RequestError(str(error), code="refused_fingerprint"))
+async def on_refused(request: Request, error: Exception) -> JSONResponse:
+    return any_error_response(RequestError(str(error), code="refused_fingerprint"), request.url.path)
 
 
 async def on_http_error(request: Request, error: Exception) -> JSONResponse:
@@ -136,13 +136,13 @@ async def on_http_error(request: Request, error: Exception) -> JSONResponse:
         message, code = f"unknown route: {request.method} {request.url.path}", "unknown_url"
     elif error.status_code == 405:
         message, code = f"{request.method} is not allowed for {request.url.path}", "method_not_allowed"
-    body = error_body(message, error.status_code, None, code)
-    return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+    told = RequestError(message, status=error.status_code, code=code, headers=dict(error.headers or {}))
+    return any_error_response(told, request.url.path)
 
 
-async def on_exception(_: Request, error: Exception) -> JSONResponse:
+async def on_exception(request: Request, error: Exception) -> JSONResponse:
     """A fault of ours: the traceback goes to the log, nothing of it to the client."""
-    return JSONResponse(error_body("internal error", 500, None, "internal_error"), status_code=500)
+    return any_error_response(RequestError("internal error", status=500, code="internal_error"), request.url.path)
 
 
 HANDLERS: dict[Any, Any] = {
