@@ -68,7 +68,7 @@ async def _events(generation: Generation, body: ResponsesRequest) -> AsyncIterat
                 changes = blocks.add(reader.feed(delta.text, is_last))
                 if is_last:
                     changes += blocks.finish()
-                told = [event(kind, fields) for change in changes for kind, fields in _told(change, generation)]
+                told = [event(kind, fields) for change in changes for kind, fields in _told(change, blocks, generation)]
                 if told:
                     yield b"".join(told)
         response = _response(generation, body, blocks)
@@ -79,7 +79,7 @@ async def _events(generation: Generation, body: ResponsesRequest) -> AsyncIterat
         yield event("response.failed", {"response": response})
 
 
-def _told(change: BlockChange, generation: Generation) -> Iterator[tuple[str, dict[str, Any]]]:
+def _told(change: BlockChange, blocks: Blocks, generation: Generation) -> Iterator[tuple[str, dict[str, Any]]]:
     """The events of one change: an item's, and those of the part within it."""
     block = change.block
     item = {"output_index": block.index}
@@ -108,12 +108,13 @@ def _told(change: BlockChange, generation: Generation) -> Iterator[tuple[str, di
         else:
             done = item | {"item_id": _item_id(block), "name": block.name, "arguments": block.text}
             yield "response.function_call_arguments.done", done
-        yield "response.output_item.done", item | {"item": _item(block, _item_status(block, generation))}
+        yield "response.output_item.done", item | {"item": _item(block, _item_status(block, blocks, generation))}
 
 
-def _item_status(block: Block, generation: Generation) -> str:
+def _item_status(block: Block, blocks: Blocks, generation: Generation) -> str:
+    """An answer that is cut is cut in its last item; those before it had ended."""
     is_cut = generation.choices[0].finish_reason not in (None, FinishReason.STOP)
-    return "incomplete" if is_cut else "completed"
+    return "incomplete" if is_cut and block is blocks.blocks[-1] else "completed"
 
 
 def _item_id(block: Block) -> str:
@@ -162,7 +163,7 @@ def _response(generation: Generation, body: ResponsesRequest, blocks: Blocks) ->
         "instructions": body.instructions,
         "max_output_tokens": body.max_output_tokens,
         "model": generation.job.model,
-        "output": [] if reason is None else [_item(block, _item_status(block, generation)) for block in blocks.blocks],
+        "output": [] if reason is None else [_item(block, _item_status(block, blocks, generation)) for block in blocks.blocks],
         "parallel_tool_calls": body.parallel_tool_calls is not False,
         "previous_response_id": None,
         "store": False,

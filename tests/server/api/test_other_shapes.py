@@ -91,6 +91,10 @@ def test_messages_errors_have_their_own_shape(url: str) -> None:
         error = answer.json()
         assert answer.status_code == 400 and error["type"] == "error", error
         assert error["error"]["type"] == "invalid_request_error" and part in error["error"]["message"], error
+    for method, path, status in (("GET", "/v1/messages", 405), ("POST", "/v1/messages/batches", 404)):
+        answer = httpx.request(method, url + path)
+        assert answer.status_code == status and answer.json()["type"] == "error", answer.text
+    assert httpx.get(f"{url}/v1/messages").headers["allow"] == "POST"
 
 
 def test_responses_whole_and_streamed(url: str) -> None:
@@ -113,6 +117,8 @@ def test_responses_whole_and_streamed(url: str) -> None:
     assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == "The fox."
     final = events[-1].response
     assert [item.type for item in final.output] == ["reasoning", "message", "function_call"]
+    for output in (response.output, final.output, [event.item for event in events if event.type.endswith("item.done")]):
+        assert [item.status for item in output] == ["completed", "completed", "incomplete"]  # only the last is cut
 
 
 def test_responses_of_a_conversation(url: str) -> None:
