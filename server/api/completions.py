@@ -80,8 +80,10 @@ class _ChoiceWriter:
         num_logprobs = self._job.sampling.num_logprobs
         self._logprobs: dict[int, CompletionLogprobsWriter] = {}
         if num_logprobs is not None:
+            hidden = self._tokenizer.special_token_ids if self._job.skip_special_tokens else frozenset()
             self._logprobs = {
-                choice.index: CompletionLogprobsWriter(self._tokenizer, num_logprobs) for choice in generation.choices
+                choice.index: CompletionLogprobsWriter(self._tokenizer, num_logprobs, hidden)
+                for choice in generation.choices
             }
 
     def write(self, delta: Delta) -> CompletionChoice:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Sequence
 
 from server.api.generation import Choice
@@ -20,12 +21,17 @@ _LEAST = -9999.0  # stands for minus infinity, which JSON lacks
 
 
 class CompletionLogprobsWriter:
-    """The `logprobs` of one completion choice, piece by piece: offsets go on from piece to piece."""
+    """The `logprobs` of one completion choice, piece by piece: offsets go on from piece to piece.
 
-    def __init__(self, tokenizer: Tokenizer, num_top: int) -> None:
+    Offsets are into the text, which shows no `hidden` tokens. A token within a character has the character's.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, num_top: int, hidden: frozenset[int] = frozenset()) -> None:
         self._tokenizer = tokenizer
         self._num_top = num_top
+        self._hidden = hidden
         self._offset = 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def write(self, token_ids: Sequence[int], entries: Sequence[TokenLogprob | None]) -> CompletionLogprobs:
         """One entry per token, None for a prompt's first."""
@@ -36,7 +42,8 @@ class CompletionLogprobsWriter:
             written.text_offset.append(self._offset)
             written.token_logprobs.append(None if entry is None else _finite(entry.logprob))
             written.top_logprobs.append(None if entry is None else self._top(token, entry))
-            self._offset += len(token)
+            if token_id not in self._hidden:
+                self._offset += len(self._decoder.decode(self._tokenizer.token_bytes(token_id)))
         return written
 
     def _top(self, token: str, entry: TokenLogprob) -> dict[str, float]:

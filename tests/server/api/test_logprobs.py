@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from server.api.chat_template import ChatTemplate
+from server.api.logprobs import CompletionLogprobsWriter
 from tests.kernels.cpu_support import needs_native
-from tests.server.fakes import CHAT_TEMPLATE, sse_events
+from tests.server.fakes import CHAT_TEMPLATE, END_ID, byte_level_tokenizer, sse_events
 from tests.server.real_edge import completion, real_edge, tiny_checkpoint
 from tests.tiny_models import load_reference, reference_logits
 
@@ -123,6 +124,25 @@ def test_chat_logprobs_streamed_and_whole(model: Path) -> None:
         check_against(reference_logprobs(model, tokens), tokens, logprobs, len(whole["prompt_token_ids"]))
 
     asyncio.run(check())
+
+
+def test_offsets_are_into_the_text() -> None:
+    tokenizer = byte_level_tokenizer()
+    text = "The 🙂 Zürich 你好."
+    token_ids = tokenizer.encode(text)
+    cut = next(index for index, token_id in enumerate(token_ids) if _is_part(tokenizer.token_bytes(token_id))) + 1
+    writer = CompletionLogprobsWriter(tokenizer, 0, tokenizer.special_token_ids)
+    pieces = [token_ids[:cut], [END_ID], token_ids[cut:]]
+    offsets = [offset for piece in pieces for offset in writer.write(piece, [None] * len(piece)).text_offset]
+    del offsets[cut]  # of the token that the text does not show
+    for index, offset in enumerate(offsets):
+        before = b"".join(map(tokenizer.token_bytes, token_ids[:index]))
+        assert offset == len(before.decode(errors="ignore"))
+    assert len(set(offsets)) < len(offsets)  # some characters are of several tokens
+
+
+def _is_part(data: bytes) -> bool:
+    return "\ufffd" in data.decode(errors="replace")
 
 
 @needs_native
