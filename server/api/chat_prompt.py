@@ -36,6 +36,10 @@ def render_prompt(body: ChatPromptFields, context: ApiContext, tools: list[Tool]
             raise RequestError("continue_final_message: the last message has no text", param="messages")
         messages[-1]["content"] += _END_MARK
     variables = dict(body.chat_template_kwargs or {})
+    for name in ("messages", "add_generation_prompt", *(("tools",) if tools else ())):
+        if name in variables:
+            field = f"chat_template_kwargs.{name}"
+            raise RequestError(f"{field}: the request has a field of its own for it", param=field)
     if tools:
         variables["tools"] = [tool.model_dump(exclude_none=True) for tool in tools]
     add_generation_prompt = body.add_generation_prompt is not False and not continues

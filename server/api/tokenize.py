@@ -13,7 +13,7 @@ from server.api.context import ApiContext
 from server.api.errors import RequestError
 from server.api.prompts import refuse_huge_text, refuse_unknown_ids
 from server.api.responses import json_response
-from server.api.schemas import DetokenizeRequest, TokenizeRequest
+from server.api.schemas import ChatPromptFields, DetokenizeRequest, TokenizeRequest
 from server.text import Tokenizer
 
 
@@ -28,6 +28,9 @@ async def tokenize(request: Request, context: ApiContext) -> Response:
             raise RequestError("add_special_tokens: only for prompts: templates add them", param="add_special_tokens")
         text, adds_special_tokens = render_prompt(body, context, body.tools), False
     else:
+        for name in ChatPromptFields.model_fields.keys() - {"messages"}:
+            if getattr(body, name) is not None:
+                raise RequestError(f"{name}: only for messages", param=name)
         text, adds_special_tokens = body.prompt, body.add_special_tokens is not False
     refuse_huge_text(text, "messages" if body.prompt is None else "prompt")
     [token_ids] = await context.tokenizer.encode_all([text], adds_special_tokens)

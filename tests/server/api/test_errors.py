@@ -159,6 +159,13 @@ def test_chat_fields_that_come_later_are_refused_by_name() -> None:
                 assert "not supported" in error["message"]
             error = await refused(edge, "/v1/chat/completions", 400, json={"messages": messages, "top_logprobs": 3})
             assert error["message"] == "top_logprobs: only allowed when logprobs is true"
+            for name in ("messages", "add_generation_prompt"):  # what the body has fields for
+                body = {"messages": messages, "chat_template_kwargs": {name: []}}
+                error = await refused(edge, "/v1/chat/completions", 400, json=body)
+                assert error["param"] == f"chat_template_kwargs.{name}"
+            for name, value in (("tools", []), ("add_generation_prompt", True), ("chat_template_kwargs", {"a": 1})):
+                error = await refused(edge, "/tokenize", 400, json={"prompt": "dog", name: value})
+                assert error["message"] == f"{name}: only for messages"
             error = await refused(edge, "/v1/chat/completions", 400, json={"messages": []})
             assert error["param"] == "messages"
 
