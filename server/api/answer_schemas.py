@@ -111,6 +111,7 @@ class ResponseError(_Answer):
 
 class InputTokensDetails(_Answer):
     cached_tokens: int
+    cache_write_tokens: int
 
 
 class OutputTokensDetails(_Answer):

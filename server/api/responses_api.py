@@ -163,7 +163,9 @@ def _response(generation: Generation, body: ResponsesRequest, blocks: Blocks) ->
         "instructions": body.instructions,
         "max_output_tokens": body.max_output_tokens,
         "model": generation.job.model,
-        "output": [] if reason is None else [_item(block, _item_status(block, blocks, generation)) for block in blocks.blocks],
+        "output": []
+        if reason is None
+        else [_item(block, _item_status(block, blocks, generation)) for block in blocks.blocks],
         "parallel_tool_calls": body.parallel_tool_calls is not False,
         "previous_response_id": None,
         "store": False,
@@ -179,7 +181,10 @@ def _response(generation: Generation, body: ResponsesRequest, blocks: Blocks) ->
         if reason is None
         else {
             "input_tokens": usage.prompt_tokens,
-            "input_tokens_details": {"cached_tokens": usage.prompt_tokens_details.cached_tokens},
+            "input_tokens_details": {
+                "cached_tokens": usage.prompt_tokens_details.cached_tokens,
+                "cache_write_tokens": 0,  # writing costs nothing of its own
+            },
             "output_tokens": usage.completion_tokens,
             "output_tokens_details": {"reasoning_tokens": _num_reasoning_tokens(generation, blocks)},
             "total_tokens": usage.total_tokens,

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
+from server.api.errors import BRANCH_PREFIX
 from server.api.schemas import (
     MAX_TOOLS,
     Integer,
@@ -57,7 +58,7 @@ class FunctionOutputInput(Schema):
     id: str | None = None
     status: str | None = None
     call_id: str
-    output: str
+    output: ItemContent
 
 
 class ReasoningText(Schema):
@@ -77,14 +78,14 @@ class ReasoningInput(Schema):
 
 
 def _kind(value: Any) -> Any:
-    return value.get("type", "message") if isinstance(value, dict) else None
+    return f"{BRANCH_PREFIX}{value.get('type', 'message')}" if isinstance(value, dict) else None
 
 
 InputItem = Annotated[
-    Annotated[MessageInput, Tag("message")]
-    | Annotated[FunctionCallInput, Tag("function_call")]
-    | Annotated[FunctionOutputInput, Tag("function_call_output")]
-    | Annotated[ReasoningInput, Tag("reasoning")],
+    Annotated[MessageInput, Tag("@message")]
+    | Annotated[FunctionCallInput, Tag("@function_call")]
+    | Annotated[FunctionOutputInput, Tag("@function_call_output")]
+    | Annotated[ReasoningInput, Tag("@reasoning")],
     Discriminator(
         _kind,
         custom_error_type="wrong_type",
@@ -155,6 +156,8 @@ class ResponsesRequest(Schema):
     text: TextOptions | None = None
     metadata: dict[str, str] | None = Field(None, description="Returned as it came.")
     user: str | None = None
+    safety_identifier: str | None = Field(None, description="Accepted for compatibility, as `user`.")
+    prompt_cache_key: str | None = Field(None, description="Accepted for compatibility: prefixes are cached always.")
 
     store: OnlyFalse = None
     background: OnlyFalse = None
@@ -198,6 +201,10 @@ def chat_fields(body: ResponsesRequest) -> dict[str, Any]:
     return fields
 
 
+def _text(content: str | list[TextItem]) -> str:
+    return content if isinstance(content, str) else "".join(part.text for part in content)
+
+
 def _messages(body: ResponsesRequest) -> list[dict[str, Any]]:
     """Reasoning and calls in a row belong to one message of the assistant's, with the text before them."""
     messages: list[dict[str, Any]] = []
@@ -211,11 +218,10 @@ def _messages(body: ResponsesRequest) -> list[dict[str, Any]]:
             reasoning += "".join(part.text for part in item.content or [])
             continue
         if isinstance(item, FunctionOutputInput):
-            messages.append({"role": "tool", "tool_call_id": item.call_id, "content": item.output})
+            messages.append({"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output)})
             continue
         if isinstance(item, MessageInput):
-            content = item.content if isinstance(item.content, str) else "".join(part.text for part in item.content)
-            message: dict[str, Any] = {"role": item.role, "content": content}
+            message: dict[str, Any] = {"role": item.role, "content": _text(item.content)}
             messages.append(message)
         else:
             call = {

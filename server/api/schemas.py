@@ -316,6 +316,8 @@ class ChatRequest(GenerationFields, ChatPromptFields):
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = Field(None, description="false: at most one call.")
     include_reasoning: bool | None = Field(None, description="Whether reasoning is told at all; true.")
+    safety_identifier: str | None = Field(None, description="Accepted for compatibility, as `user`.")
+    prompt_cache_key: str | None = Field(None, description="Accepted for compatibility: prefixes are cached always.")
 
     functions: OnlyEmptyList = None
     function_call: Annotated[Any, *_only(None, "none", "auto")] = None
