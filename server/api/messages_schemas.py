@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
+from server.api.errors import RequestError
 from server.api.schemas import MAX_STOP_STRINGS, MAX_TOOLS, Integer, OnlyNull, Schema, StopString, ToolName
 
 
@@ -76,6 +77,7 @@ class ToolDefinition(Schema):
     name: ToolName
     description: str | None = None
     input_schema: dict[str, Any]
+    strict: bool | None = Field(None, description="Input of calls that must be made follows the schema always.")
     cache_control: CacheControl | None = None
 
 
@@ -102,6 +104,7 @@ class CountTokensRequest(Schema):
     tools: Annotated[list[ToolDefinition], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
     tool_choice: ToolChoiceField | None = None
     thinking: Thinking | None = None
+    cache_control: CacheControl | None = None
 
 
 class MessagesRequest(CountTokensRequest):
@@ -112,10 +115,14 @@ class MessagesRequest(CountTokensRequest):
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: Integer | None = Field(None, ge=0, le=2**31 - 1)
     metadata: Metadata | None = Field(None, description="Accepted for compatibility.")
+    service_tier: Literal["auto", "standard_only"] | None = Field(None, description="There is one.")
 
 
 def chat_fields(body: CountTokensRequest) -> dict[str, Any]:
-    """The body of a chat request that asks the same. A last message of the assistant's is gone on from."""
+    """The body of a chat request that asks the same. A last message of the assistant's is gone on from.
+
+    Raises RequestError for a choice of tools that says too much or too little.
+    """
     messages: list[dict[str, Any]] = []
     if body.system:
         messages.append({"role": "system", "content": _text(body.system)})
@@ -132,12 +139,19 @@ def chat_fields(body: CountTokensRequest) -> dict[str, Any]:
         fields["tools"] = [
             {
                 "type": "function",
-                "function": {"name": tool.name, "description": tool.description, "parameters": tool.input_schema},
+                "function": {
+                    "name": tool.name,
+                    "description": tool.description,
+                    "parameters": tool.input_schema,
+                    "strict": tool.strict,
+                },
             }
             for tool in body.tools
         ]
     choice = body.tool_choice
     if choice is not None:
+        if (choice.name is not None) != (choice.type == "tool"):
+            raise RequestError('tool_choice.name: goes with type "tool", and only with that', param="tool_choice.name")
         named = {"type": "function", "function": {"name": choice.name}}
         fields["tool_choice"] = {"any": "required", "tool": named}.get(choice.type, choice.type)
         fields["parallel_tool_calls"] = not choice.disable_parallel_tool_use

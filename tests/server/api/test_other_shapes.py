@@ -39,7 +39,8 @@ def test_messages_whole_and_streamed(url: str) -> None:
     client = anthropic.Anthropic(base_url=url, api_key="none", max_retries=0)
     request: dict[str, Any] = {
         "model": "echo", "max_tokens": length(SAID), "messages": [{"role": "user", "content": SAID}],
-        "system": "Be brief.", "tools": [{"name": "now", "input_schema": TOOL_SCHEMA}],
+        "system": "Be brief.", "tools": [{"name": "now", "input_schema": TOOL_SCHEMA, "strict": True}],
+        "service_tier": "auto", "cache_control": {"type": "ephemeral"},
     }  # fmt: skip
     message = client.messages.create(**request)
     thinking, text, call = message.content
@@ -85,6 +86,8 @@ def test_messages_errors_have_their_own_shape(url: str) -> None:
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages.0.content"),
         ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking.type"),
         ({"tool_choice": {"type": "tool", "name": "x"}}, "tool_choice: needs tools"),
+        ({"tool_choice": {"type": "tool"}}, "tool_choice.name: goes with"),
+        ({"tool_choice": {"type": "auto", "name": "x"}}, "tool_choice.name: goes with"),
     ):
         body = {"model": "echo", "max_tokens": 5, "messages": [{"role": "user", "content": "a"}]} | fields
         answer = httpx.post(f"{url}/v1/messages", json=body)
@@ -126,15 +129,19 @@ def test_responses_of_a_conversation(url: str) -> None:
     items: list[dict[str, Any]] = [
         {"role": "user", "content": [{"type": "input_text", "text": "what time is it"}]},
         {"type": "function_call", "call_id": "1", "name": "now", "arguments": "{}"},
-        {"type": "function_call_output", "call_id": "1", "output": "The dog."},
+        {"type": "function_call_output", "call_id": "1", "output": [{"type": "input_text", "text": "The dog."}]},
     ]
-    response = client.responses.create(model="echo", input=items, max_output_tokens=length("The dog."))
+    response = client.responses.create(
+        model="echo", input=items, max_output_tokens=length("The dog."), prompt_cache_key="a", safety_identifier="b"
+    )
     assert response.output_text == "The dog."
+    openai.types.responses.Response.model_validate(response.model_dump())  # clients take what comes; types do not
     for fields, param in (
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"store": True}, "store"),
         ({"input": []}, "input"),
         ({"input": [{"type": "image"}]}, "input.0"),
+        ({"input": [{"type": "function_call_output", "call_id": "1", "output": 5}]}, "input.0.output"),
         ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
     ):
         answer = httpx.post(f"{url}/v1/responses", json={"input": "a"} | fields)
