@@ -14,6 +14,7 @@ from server.api.schemas import (
     OnlyNull,
     OnlyZero,
     Schema,
+    Timeout,
     ToolName,
 )
 
@@ -155,6 +156,9 @@ class ResponsesRequest(Schema):
     text: TextOptions | None = None
     metadata: dict[str, str] | None = Field(None, description="Returned as it came.")
     user: str | None = None
+    timeout: Timeout | None = Field(
+        None, description="Seconds, after which the response is incomplete as it is, by the reason timeout."
+    )
 
     store: OnlyFalse = None
     background: OnlyFalse = None
@@ -179,6 +183,7 @@ def chat_fields(body: ResponsesRequest) -> dict[str, Any]:
         "top_p": body.top_p,
         "stream": body.stream,
         "parallel_tool_calls": body.parallel_tool_calls,
+        "timeout": body.timeout,
     }
     if body.tools:
         fields["tools"] = [
