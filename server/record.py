@@ -56,6 +56,12 @@ def current_record() -> RequestRecord | None:
     return _CURRENT.get()
 
 
+def current_key() -> str:
+    """The name of the API key that it came with; empty where there are none."""
+    record = _CURRENT.get()
+    return "" if record is None else record.key_name or ""
+
+
 def set_current(record: RequestRecord) -> None:
     _CURRENT.set(record)
 

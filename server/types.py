@@ -86,7 +86,8 @@ class GenerateRequest:
     """One sequence to generate. n > 1 is several requests that share a `group_id`, whose common prompt blocks are computed once.
 
     `cache_key` separates prefix caches (salt, adapter). Lower `priority` goes first. `deadline`: monotonic seconds, or None.
-    `alone`: it goes before all others and shares no step with them until it has its first token.
+    `alone`: it goes before all others and shares no step with them until it has its first token. `client`: the API key's name;
+    clients take turns.
     """
 
     request_id: str
@@ -98,6 +99,7 @@ class GenerateRequest:
     priority: int = 0
     deadline: float | None = None
     alone: bool = False
+    client: str = ""
 
 
 class Pooling(str, Enum):
@@ -119,6 +121,7 @@ class PoolRequest:
     priority: int = 0
     deadline: float | None = None
     alone: bool = False
+    client: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -266,7 +266,7 @@ class ToolUseBlock(_Answer, tag_field="type", tag="tool_use"):
 
 
 ContentBlock = TextBlock | ThinkingBlock | ToolUseBlock
-StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
+StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use", "pause_turn"]
 
 
 class MessageUsage(_Answer):

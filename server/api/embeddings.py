@@ -29,7 +29,7 @@ from server.api.responses import Embedding, Embeddings, EmbeddingsUsage, PromptT
 from server.api.schemas import Integer, OnlyNull, Prompt, Schema
 from server.api.sse import unless_disconnected
 from server.engine.client import Mailbox
-from server.record import Generated, note_generated
+from server.record import Generated, current_key, note_generated
 from server.types import AbortReason, FinishReason, Pooling, PoolRequest
 
 
@@ -104,7 +104,9 @@ async def _embed(job: EmbeddingsJob, context: ApiContext) -> Embeddings:
     try:
         for index, token_ids in enumerate(job.prompts):
             request_id = f"{name}-{index}"
-            request = PoolRequest(request_id, token_ids, job.pooling, arrival, job.cache_key, job.priority)
+            request = PoolRequest(
+                request_id, token_ids, job.pooling, arrival, job.cache_key, job.priority, client=current_key()
+            )
             context.engine.submit(request, mailbox)
             waiting[request_id] = index
         while waiting:

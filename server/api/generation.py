@@ -13,7 +13,7 @@ from server.api.parse import GenerationJob, PromptJob
 from server.api.prompts import log_prompts
 from server.api.responses import PromptTokensDetails, RequestMetrics, Usage
 from server.engine.client import EngineClient, Mailbox
-from server.record import Generated, note_generated
+from server.record import Generated, current_key, note_generated
 from server.text import Detokenizer, StopStrings, Tokenizer
 from server.types import AbortReason, FinishReason, GenerateRequest, RequestTimings, TokenEvent, TokenLogprob
 
@@ -201,6 +201,7 @@ class Generation:
                 cache_key=self.job.cache_key,
                 priority=self.job.priority,
                 deadline=None if self.job.timeout is None else arrival + self.job.timeout,
+                client=current_key(),
             )
             self._engine.submit(request, self._mailbox)
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag
 
 from server.api.errors import RequestError
-from server.api.schemas import MAX_STOP_STRINGS, MAX_TOOLS, Integer, OnlyNull, Schema, StopString, ToolName
+from server.api.schemas import MAX_STOP_STRINGS, MAX_TOOLS, Integer, OnlyNull, Schema, StopString, Timeout, ToolName
 
 
 class CacheControl(Schema):
@@ -116,6 +116,9 @@ class MessagesRequest(CountTokensRequest):
     top_k: Integer | None = Field(None, ge=0, le=2**31 - 1)
     metadata: Metadata | None = Field(None, description="Accepted for compatibility.")
     service_tier: Literal["auto", "standard_only"] | None = Field(None, description="There is one.")
+    timeout: Timeout | None = Field(
+        None, description="Seconds, after which the message ends as it is, with stop_reason pause_turn."
+    )
 
 
 def chat_fields(body: CountTokensRequest) -> dict[str, Any]:
@@ -163,6 +166,7 @@ def chat_fields(body: CountTokensRequest) -> dict[str, Any]:
             "temperature": body.temperature,
             "top_p": body.top_p,
             "top_k": body.top_k,
+            "timeout": body.timeout,
         }
     return fields
 

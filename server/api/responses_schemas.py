@@ -15,6 +15,7 @@ from server.api.schemas import (
     OnlyNull,
     OnlyZero,
     Schema,
+    Timeout,
     ToolName,
 )
 
@@ -158,6 +159,9 @@ class ResponsesRequest(Schema):
     user: str | None = None
     safety_identifier: str | None = Field(None, description="Accepted for compatibility, as `user`.")
     prompt_cache_key: str | None = Field(None, description="Accepted for compatibility: prefixes are cached always.")
+    timeout: Timeout | None = Field(
+        None, description="Seconds, after which the response is incomplete as it is, by the reason timeout."
+    )
 
     store: OnlyFalse = None
     background: OnlyFalse = None
@@ -182,6 +186,7 @@ def chat_fields(body: ResponsesRequest) -> dict[str, Any]:
         "top_p": body.top_p,
         "stream": body.stream,
         "parallel_tool_calls": body.parallel_tool_calls,
+        "timeout": body.timeout,
     }
     if body.tools:
         fields["tools"] = [

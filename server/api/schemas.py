@@ -97,6 +97,7 @@ Prompt = Annotated[
     ],
     _union("must be a string, a list of strings, a list of token ids, or a list of lists of token ids"),
 ]
+Timeout = Annotated[float, Field(gt=0, le=86400)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 Stop = Annotated[
@@ -178,8 +179,8 @@ class GenerationFields(Schema):
     )
     allowed_token_ids: Annotated[list[TokenId], Field(fail_fast=True, min_length=1, max_length=2**20)] | None = None
     bad_words: Annotated[list[StopString], Field(fail_fast=True, max_length=MAX_BAD_WORDS)] | None = None
-    timeout: float | None = Field(
-        None, gt=0, le=86400, description="Seconds, after which the answer ends as it is, with finish_reason timeout."
+    timeout: Timeout | None = Field(
+        None, description="Seconds, after which the answer ends as it is, with finish_reason timeout."
     )
     include_metrics: bool | None = Field(None, description="The answer's `metrics`: how long it waited and took.")
     prompt_logprobs: Integer | None = Field(None, ge=0, le=MAX_LOGPROBS, description="Not with stream.")

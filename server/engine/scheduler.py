@@ -1,7 +1,8 @@
 """Which sequences compute which tokens in the next step, and what follows from the tokens sampled.
 
 One budget per step is shared by decodes (first), prefill chunks of running sequences, and newly admitted ones, in the order of
-their ranks: a number of tokens and, so that a long prompt does not stall everybody's next token, a cost that stands for time.
+their ranks, or of their clients' turns: a number of tokens and, so that a long prompt does not stall everybody's next token, a
+cost that stands for time.
 
 Admission is optimistic: a sequence needs blocks for the tokens it has, not for those it may generate. When a running sequence
 finds no block, the running one of the last rank is preempted: its blocks are freed and it is computed anew later, the prefix cache
@@ -11,6 +12,7 @@ permitting with little work. A sequence alone always fits: the pool holds max_mo
 from __future__ import annotations
 
 import itertools
+import math
 from bisect import insort
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, replace
@@ -19,6 +21,7 @@ from server.engine.block_manager import BlockManager
 from server.engine.drafts import DraftCounts, Drafter, Drafting
 from server.engine.sequence import Sequence, SequenceStatus
 from server.engine.step import ScheduledBatch, ScheduledSequence, Step, StepBudget
+from server.engine.turns import Turns
 from server.types import FinishReason, StepStats, TokenEvent, TokenLogprob
 
 
@@ -34,9 +37,10 @@ class SampledToken:
 class Scheduler:
     """Two queues and a block manager. `schedule`, compute, `postprocess`; `add` and `finish` in between.
 
-    Who comes first goes first; with `priority_aging_seconds`, whoever has the lower priority less one level for every so many
-    seconds since arrival. As all age alike, the order of two requests never changes: one of priority p is passed over only
-    by requests of priority q < p that arrive less than (p - q) * `priority_aging_seconds` after it.
+    Clients take turns, and of each who comes first goes first; with `priority_aging_seconds`, whoever has the lower priority
+    less one level for every so many seconds since arrival. As all age alike, the order of two requests never changes: one of
+    priority p is passed over only by requests of priority q < p that arrive less than (p - q) * `priority_aging_seconds` after
+    it.
     """
 
     def __init__(
@@ -60,16 +64,18 @@ class Scheduler:
         self.drafting = drafting
         self._draft_counts = DraftCounts()
         self._arrivals = itertools.count()
+        self._turns = Turns()
         self.waiting: list[Sequence] = []  # by rank
         self.running: list[Sequence] = []
         self._alone: list[Sequence] = []  # those added that are to share no step before their first token
 
     def add(self, sequence: Sequence) -> None:
         assert sequence.num_prompt_tokens + (sequence.pooling is None) <= self.max_model_len
-        time = 0.0
-        if self.priority_aging_seconds is not None:
-            time = sequence.request.arrival_time + sequence.request.priority * self.priority_aging_seconds
-        sequence.rank = time, next(self._arrivals)
+        if self.priority_aging_seconds is None:
+            place: float = self._turns.place(sequence.request.client, sequence.num_prompt_tokens)
+        else:
+            place = sequence.request.arrival_time + sequence.request.priority * self.priority_aging_seconds
+        sequence.rank = place, next(self._arrivals)
         insort(self.waiting, sequence, key=lambda other: other.rank)
         if sequence.request.alone:
             self._alone.append(sequence)
@@ -86,20 +92,35 @@ class Scheduler:
             return self._schedule_alone(self._alone[0], now)
         step = Step(self.budget, self.max_num_seqs + (self.drafting.max_rows if self.drafting else 0))
         decodes = [sequence for sequence in self.running if sequence.is_decoding]
-        chunks = [sequence for sequence in self.running if not sequence.is_decoding]
-        # Within each, the order of admission. Drafts come once every decode has its block.
+        chunks = sorted((sequence for sequence in self.running if not sequence.is_decoding), key=self._place)
+        # Within each, the order of admission or of places. Drafts come once every decode has its block.
         num_preemptions = self._add_running(step, decodes)
         self._add_drafts(step)
-        num_preemptions += self._add_running(step, chunks)
         queries = hits = 0
-        while not num_preemptions and not step.is_full:
-            admitted = self._admit(now)
-            if admitted is None:
-                break
-            queries += admitted.num_tokens
-            hits += admitted.num_computed_tokens
-            step.add(admitted)
+        for chunk in (*chunks, None):
+            before = math.inf if chunk is None else self._place(chunk)
+            while not num_preemptions and not step.is_full:
+                admitted = self._admit(now, before)
+                if admitted is None:
+                    break
+                queries += admitted.num_tokens
+                hits += admitted.num_computed_tokens
+                step.add(admitted)
+                self._note_place(admitted)
+            if chunk is not None and not step.is_full:
+                self._note_place(chunk)
+                num_preemptions += self._add_running(step, [chunk])
         return ScheduledBatch(step.entries, queries, hits, num_preemptions)
+
+    def _place(self, sequence: Sequence) -> float:
+        """Where the sequence's next chunk is in turn. With priorities no prompt is begun before another's rest."""
+        if self.priority_aging_seconds is not None:
+            return -math.inf
+        return sequence.rank[0] + min(sequence.num_computed_tokens, sequence.num_prompt_tokens)
+
+    def _note_place(self, sequence: Sequence) -> None:
+        if self.priority_aging_seconds is None:
+            self._turns.serve(int(self._place(sequence)))
 
     def _add_running(self, step: Step, sequences: Rows[Sequence]) -> int:
         """Adds what fits, preempting those of the last rank where blocks are missing. Returns how many were."""
@@ -146,12 +167,14 @@ class Scheduler:
         spare = self.block_manager.num_spare_slots(sequence)
         return spare if self.waiting else spare + self.block_manager.num_available * self.block_manager.block_size
 
-    def _admit(self, now: float) -> Sequence | None:
-        """Moves the first waiting sequence to running, if a seat and blocks are there. A sibling whose leader is still filling
-        their common blocks is stepped over, and keeps its place."""
+    def _admit(self, now: float, before: float) -> Sequence | None:
+        """Moves the first waiting sequence to running, if its place is before that one, and a seat and blocks are there. A
+        sibling whose leader is still filling their common blocks is stepped over, and keeps its place."""
         if len(self.running) >= self.max_num_seqs:
             return None
         for index, sequence in enumerate(self.waiting):
+            if sequence.rank[0] >= before:
+                return None
             if self._waits_for_sibling(sequence):
                 continue
             prefix = [] if sequence.needs_every_position else self.block_manager.find_prefix(sequence)

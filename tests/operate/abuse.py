@@ -4,7 +4,8 @@
 
 Starts a server, and for each attack of `attacks.py` a process that carries it out, while a client with a key of its own asks for
 the same short greedy answer over and over, on new connections. Fails when an answer is missing or differs, when one takes longer
-than --most seconds, or when a process of the server has ended. Prints a table, then a line of JSON.
+than --most seconds, when an idle connection is never closed, or when a process of the server has ended. Prints a table, then a line
+of JSON.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import asyncio
 import json
 import multiprocessing
 import os
+import re
 import resource
 import sys
 import tempfile
@@ -25,7 +27,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from tests.operate.attacks import ATTACKS, Target
+from tests.operate.attacks import ATTACKS, MORE_SECONDS, NUM_IDLE, Target
 from tests.operate.processes import process_tree
 from tests.served import Server
 
@@ -45,17 +47,30 @@ class Row:
     p99: float
     longest: float
     attacker_saw: dict[str, int]
+    server_cut: dict[str, int]  # requests and connections, by reason
+
+
+def raise_descriptor_limit() -> None:
+    """To what the idle connections need, as far as this process may."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = NUM_IDLE + 1000
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, wanted))
+        except ValueError:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    else:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def attack_process(name: str, host: str, port: int, seconds: float, results: Connection) -> None:
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    raise_descriptor_limit()
     os.nice(5)  # the machine is shared: it is the server that is on trial
     target = Target(host, port, BAD, time.monotonic() + seconds)
 
     async def run() -> None:
         try:
-            async with asyncio.timeout(seconds + 10):
+            async with asyncio.timeout(seconds + 10 + MORE_SECONDS.get(name, 0)):
                 await ATTACKS[name](target)
         except TimeoutError:
             pass
@@ -99,17 +114,26 @@ def run_attack(name: str, server: Server, client: GoodClient, seconds: float) ->
     process = context.Process(
         target=attack_process, args=(name, parts.hostname, parts.port, seconds, theirs), daemon=True
     )
+    before = refusals(server)
     process.start()
     theirs.close()
     taken = client.ask_while(process.is_alive)
     saw = ours.recv() if ours.poll(1) else {}
     process.join(10)
-    return row(name, taken, saw)
+    return row(name, taken, saw, {reason: count - before[reason] for reason, count in refusals(server).items()})
 
 
-def row(name: str, taken: list[float], saw: dict[str, int]) -> Row:
+def row(name: str, taken: list[float], saw: dict[str, int], cut: dict[str, int]) -> Row:
     taken = sorted(taken)
-    return Row(name, len(taken), taken[len(taken) // 2], taken[int(len(taken) * 0.99)], taken[-1], saw)
+    cut = {reason: count for reason, count in cut.items() if count}
+    return Row(name, len(taken), taken[len(taken) // 2], taken[int(len(taken) * 0.99)], taken[-1], saw, cut)
+
+
+def refusals(server: Server) -> dict[str, int]:
+    """What the server has cut or turned away so far, by reason."""
+    text = server.client.get("/metrics").text
+    found = re.findall(r'^awqserve_http_refusals_total\{.*reason="(\w+)".*\} (\S+)$', text, re.MULTILINE)
+    return {reason: int(float(count)) for reason, count in found}
 
 
 def wait_until_quiet(server: Server, seconds: float = 90.0) -> None:
@@ -140,7 +164,7 @@ def run(model: Path, seconds: float, only: str, most: float, flags: tuple[str, .
             client.ask()
             before = server_processes(server)
             quiet_until = time.monotonic() + seconds
-            rows = [row("none", client.ask_while(lambda: time.monotonic() < quiet_until), {})]
+            rows = [row("none", client.ask_while(lambda: time.monotonic() < quiet_until), {}, {})]
             print_row(rows[0])
             for name in ATTACKS:
                 if only in name:
@@ -149,6 +173,7 @@ def run(model: Path, seconds: float, only: str, most: float, flags: tuple[str, .
                     wait_until_quiet(server)
                     assert server.process.poll() is None, "the server has ended:\n" + "".join(server.lines)
                     assert rows[-1].longest <= most, f"{name}: {rows[-1].longest:.2f} s for a well-behaved client"
+                    assert not rows[-1].attacker_saw.get("never closed"), f"{name}: connections are never closed"
             assert before <= server_processes(server), "a process of the server was started anew"
             assert not [line for line in server.lines if "Traceback" in line], "".join(server.lines)
     return rows
@@ -156,6 +181,8 @@ def run(model: Path, seconds: float, only: str, most: float, flags: tuple[str, .
 
 def print_row(found: Row) -> None:
     saw = ", ".join(f"{status} x{number}" for status, number in sorted(found.attacker_saw.items()))
+    if found.server_cut:
+        saw += "; cut: " + ", ".join(f"{reason} x{number}" for reason, number in sorted(found.server_cut.items()))
     figures = f"{found.median * 1e3:6.0f} {found.p99 * 1e3:6.0f} {found.longest * 1e3:6.0f}"
     print(f"{found.attack:40} {found.num_requests:5} {figures}   {saw}", flush=True)
 

@@ -12,6 +12,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 
 MIB = 2**20
+NUM_IDLE = 10_000
+OPENING_SECONDS = 60.0  # that the idle connections may take to be opened
+CLOSING_SECONDS = 20.0  # within which the server must then have closed every one of them
 
 
 @dataclass
@@ -109,21 +112,44 @@ async def slow_bodies(target: Target) -> None:
 
 
 async def idle_connections(target: Target) -> None:
-    """Ten thousand that say nothing; opened anew as they are closed, by the server's deadline or to make room."""
-    opening = asyncio.Semaphore(100)
+    """Ten thousand that say nothing: first all are opened, as fast as it goes; then, for as long as an attack lasts, each that
+    the server closes is opened anew; at the end all must be closed by the server, within the time of its deadlines."""
+    hold_seconds = target.until - time.monotonic()
+    target.until = time.monotonic() + OPENING_SECONDS
+    opening = asyncio.Semaphore(500)
+    all_open, is_over = asyncio.Event(), asyncio.Event()
+    num_opened = 0
 
-    async def one(target: Target, _: int) -> None:
-        async with contextlib.AsyncExitStack() as stack:
-            async with opening:
-                if not target.goes_on:
-                    return
-                reader, _writer = await stack.enter_async_context(target.connection())
-                target.answers["opened"] += 1
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(reader.read(1), max(0.01, target.until - time.monotonic()))
+    async def one() -> None:
+        nonlocal num_opened
+        is_new = True
+        while not is_over.is_set():
+            try:
+                async with opening:
+                    stack = contextlib.AsyncExitStack()
+                    reader, _ = await stack.enter_async_context(target.connection())
+            except (OSError, TimeoutError):
+                target.answers["refused"] += 1
+                await asyncio.sleep(0.1)
+                continue
+            target.answers["opened first" if is_new else "opened anew"] += 1
+            num_opened += is_new
+            is_new = False
+            if num_opened == NUM_IDLE:
+                all_open.set()
+            async with stack:
+                await reader.read(1)  # until the server ends it
                 target.answers["closed"] += 1
 
-    await _many(target, 10_000, one)
+    tasks = [asyncio.ensure_future(one()) for _ in range(NUM_IDLE)]
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(all_open.wait(), OPENING_SECONDS)
+        await asyncio.sleep(hold_seconds)
+    is_over.set()
+    _, left = await asyncio.wait(tasks, timeout=CLOSING_SECONDS)
+    target.answers["never closed"] += len(left)
+    for task in left:
+        task.cancel()
 
 
 async def huge_bodies(target: Target) -> None:
@@ -337,3 +363,6 @@ ATTACKS: dict[str, Attack] = {
     "100 requests at once of one key": too_many_requests,
     "guessing keys": wrong_keys,
 }
+
+# Seconds that an attack may take beyond what was asked for, where it is more than the usual.
+MORE_SECONDS = {"10,000 idle connections": OPENING_SECONDS + CLOSING_SECONDS}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import re
 from pathlib import Path
@@ -210,6 +211,11 @@ def test_answers_are_those_of_the_document(model: Path) -> None:
     asyncio.run(check())
 
 
+def plain_events(text: str) -> list[dict[str, Any]]:
+    """Of streams that end without [DONE]."""
+    return [json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line.startswith("data: ")]
+
+
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_timeout_ends_an_answer_as_it_is(model: Path, streamed: bool) -> None:
     fields = {"timeout": 0.2, "ignore_eos": True, "stream": streamed}
@@ -225,12 +231,19 @@ def test_a_timeout_ends_an_answer_as_it_is(model: Path, streamed: bool) -> None:
                 chunks = sse_events(answer.text) if streamed else [answer.json()]
                 reasons = [choice["finish_reason"] for chunk in chunks for choice in chunk["choices"]]
                 assert [reason for reason in reasons if reason] == ["timeout"] * body.get("n", 1)
+            short = {"timeout": 0.02, "stream": streamed, "temperature": 0}
+            answer = await http.post("/v1/responses", json=short | {"input": "the dog"})
+            response = plain_events(answer.text)[-1]["response"] if streamed else answer.json()
+            assert response["status"] == "incomplete" and response["incomplete_details"] == {"reason": "timeout"}
+            answer = await http.post("/v1/messages", json=short | chat | {"model": "tiny", "max_tokens": 450})
+            message = plain_events(answer.text)[-2]["delta"] if streamed else answer.json()
+            assert message["stop_reason"] == "pause_turn"
             for other in others:
                 other.cancel()
             await asyncio.gather(*others, return_exceptions=True)
             metrics = (await http.get("/metrics")).text
             assert (
-                'awqserve_request_success_total{engine="0",finished_reason="timeout",model_name="tiny"} 3.0' in metrics
+                'awqserve_request_success_total{engine="0",finished_reason="timeout",model_name="tiny"} 5.0' in metrics
             )
             for wrong in (0, -1, "1", 1e6):
                 answer = await http.post("/v1/completions", json={"prompt": "a", "timeout": wrong})
