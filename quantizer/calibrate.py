@@ -143,8 +143,8 @@ class InputStatistics:
     num_tokens: int
 
     def scaled(self, scales: Tensor) -> InputStatistics:
-        """The statistics of x / scales."""
-        moment = self.second_moment / scales / scales[:, None]
+        """The statistics of x / scales, in place of these: of a wide linear the second moment is too large to have twice."""
+        moment = self.second_moment.div_(scales).div_(scales[:, None])
         return InputStatistics(moment, self.mean_abs / scales, self.num_tokens)
 
 
@@ -208,7 +208,10 @@ class LayerRunner:
     @torch.no_grad()
     def run(self, layer: nn.Module, index: int, hidden: Tensor) -> Tensor:
         """hidden: fp32 [sequences, length, hidden size]; returns the layer's output, of the same shape."""
-        return torch.cat([self._forward(layer, index, chunk) for chunk in _batches(hidden)])
+        output = torch.empty_like(hidden)
+        for chunk, place in zip(_batches(hidden), _batches(output), strict=True):
+            place.copy_(self._forward(layer, index, chunk))
+        return output
 
     def _forward(self, layer: nn.Module, index: int, hidden: Tensor) -> Tensor:
         positions = torch.arange(hidden.shape[1]).unsqueeze(0)
@@ -242,7 +245,9 @@ class LayerRunner:
         router = mixture.routers[0] if mixture is not None else ""
         readers = [i for i, group in enumerate(groups) if router in group.linears]
         if mixture is None or not readers:
-            yield from zip(groups, self._collect(layer, index, hidden, [g.linears[0] for g in groups]), strict=True)
+            statistics = self._collect(layer, index, hidden, [group.linears[0] for group in groups])
+            for group in groups:
+                yield group, statistics.pop(0)
             return
         activation = layer.get_submodule("mlp.experts").act_fn
         assert isinstance(activation, nn.Module)

@@ -17,6 +17,7 @@ from quantizer.calibrate import BATCH_TOKENS
 from quantizer.config import EFFORTS, QuantizeError, QuantizeOptions
 from quantizer.mappings import Architecture
 from quantizer.pipeline import MAX_ROUNDED_ROWS
+from quantizer.rounding import WIDEST_IN_FP64
 from quantizer.work_folder import reusable_bytes
 
 PROCESS_BYTES = 850_000_000
@@ -62,25 +63,30 @@ def estimate(
     forward = 4 * BATCH_TOKENS * (4 * max(rows for rows, _ in groups) + 8 * hidden_size)
     # transformers' layer has a copy of the experts; what they read is kept until the last is calibrated.
     capture = 4 * (layer * (2 if is_mixture else 1) + moments) + forward
-    # Original, folded and dequantized layer, and for one group of linears: a scaled moment and two matrices in fp64 while it is
-    # factored; then the factor, and the columns as they are updated or refined.
+    # Original and folded layer, and for one group of linears: its second moment as it is factored, and that of the factor; then the
+    # columns as they are updated or refined. At the end the dequantized layer beside the two.
     per_weight = 21 if EFFORTS[options.effort].sweeps else 12
-    rounding = 4 * (3 * layer + moments) + max(
-        max(20 * columns**2 + 4 * rows * columns, 8 * columns**2 + per_weight * rows * columns)
-        for rows, columns in ((min(rows, MAX_ROUNDED_ROWS), columns) for rows, columns in groups)
+    widest = max(
+        _factor_bytes(columns) + per_weight * min(rows, MAX_ROUNDED_ROWS) * columns for rows, columns in groups
     )
-    fixed = PROCESS_BYTES + max(capture, rounding, 8 * max(others))
+    rounding = 4 * (2 * layer + moments) + widest
+    fixed = PROCESS_BYTES + max(capture, rounding, 12 * layer, 8 * max(others))
     packed = num_layers * layer * (4 + 20 / options.group_size if options.group_size > 0 else 4) / 8 + 2 * sum(others)
     operations = num_layers * _layer_operations(options, groups, layer, tokens)
     return Estimate(
         fixed_bytes=int(fixed),
-        # Read by one layer, written by it, and joined from batches.
-        bytes_per_sample=(4 if is_mixture else 3) * 4 * options.sequence_length * hidden_size,
+        # Read by one layer, written by it, and a byte of each of its values tested; what a mixture's experts read.
+        bytes_per_sample=(13 if is_mixture else 9) * options.sequence_length * hidden_size,
         num_samples=num_samples,
         # Finished parts, and the checkpoint made of them; the hidden states that enter the next layer, twice while replaced.
         disk_bytes=int(2 * packed + 8 * tokens * hidden_size),
         seconds=operations / (EFFICIENCY * operations_per_second),
     )
+
+
+def _factor_bytes(columns: int) -> int:
+    """Of a second moment while it is factored: in fp64 and then in fp32 as well, or in fp32 alone."""
+    return (12 if columns <= WIDEST_IN_FP64 else 4) * columns**2
 
 
 def _groups(

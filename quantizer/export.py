@@ -16,6 +16,7 @@ from transformers import AutoConfig
 from quantizer import html_report
 from quantizer.config import QuantizeError
 from quantizer.files import (
+    exchange,
     num_bytes,
     read_entries,
     sync_folder,
@@ -27,7 +28,7 @@ from quantizer.files import (
 )
 from quantizer.layouts import parse_quantization, quantized_modules, read_packed
 from quantizer.sources import Source
-from quantizer.work_folder import DONE_FILE, WorkFolder, load_tensor
+from quantizer.work_folder import CHECKPOINT_FOLDER, DONE_FILE, REPLACED_FOLDER, WorkFolder, load_tensor
 
 REPORT_FILE = "quantization_report.json"
 HTML_FILE = "quantization_report.html"
@@ -42,7 +43,7 @@ def assemble(
 
     Made anew after every stop: it takes seconds. The index comes last, then the mark that all is there.
     """
-    done, folder = work.path / DONE_FILE, work.path / "checkpoint"
+    done, folder = work.path / DONE_FILE, work.path / CHECKPOINT_FOLDER
     done.unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -55,7 +56,7 @@ def assemble(
         write_json(folder / INDEX_FILE, index)
     write_sums(folder)
     sync_tree(folder)
-    write_json(done, {"bytes": report["bytes"]})
+    write_json(done, {"bytes": report["bytes"], "inode": folder.stat().st_ino})
     return folder
 
 
@@ -105,21 +106,33 @@ def _write_shards(work: WorkFolder, folder: Path, max_shard_bytes: int) -> dict[
 
 
 def publish(work: WorkFolder, folder: Path, out: Path, overwrite: bool) -> None:
-    """Moves the checkpoint to `out` and removes the work folder. If that is stopped, the next run goes on."""
+    """Moves the checkpoint to `out` and removes the work folder. If that is stopped, the next run goes on.
+
+    What is at `out` already swaps names with the new one. Where the file system cannot do that in one step it waits in the work
+    folder meanwhile, and the next run puts it back if this one stops there.
+    """
     out = out.absolute()
-    if out.exists():
+    if not out.exists():
+        os.replace(folder, out)
+    else:
         check_output(out, overwrite)
-        replaced = work.path / "replaced"
-        shutil.rmtree(replaced, ignore_errors=True)
-        os.replace(out, replaced)
-    os.replace(folder, out)
+        if not exchange(folder, out):
+            replaced = work.path / REPLACED_FOLDER
+            shutil.rmtree(replaced, ignore_errors=True)
+            os.replace(out, replaced)
+            os.replace(folder, out)
     sync_folder(out.parent)
     work.remove()
 
 
 def is_published(work: WorkFolder, out: Path) -> bool:
     """Whether an earlier run was stopped after it had moved the checkpoint to `out`: only cleaning up is left."""
-    return (work.path / DONE_FILE).is_file() and not (work.path / "checkpoint").exists() and out.is_dir()
+    done = work.path / DONE_FILE
+    if not done.is_file() or not out.is_dir():
+        return False
+    # After an exchange the folder that was replaced lies where the checkpoint was.
+    moved = not (work.path / CHECKPOINT_FOLDER).exists()
+    return moved or out.stat().st_ino == json.loads(done.read_text())["inode"]
 
 
 def check_output(out: Path, overwrite: bool) -> None:

@@ -116,6 +116,7 @@ class LayerQuantizer:
             started = time.monotonic()
             tensors = self._load_layer(index)
             result, dense = self.quantize_layer(index, tensors, runner.capture(index, tensors, hidden))
+            del tensors
             is_last = index + 1 == num_layers
             if not is_last:
                 hidden = runner.run(runner.build(index, dense), index, hidden)
@@ -158,8 +159,9 @@ class LayerQuantizer:
             # Rounded as soon as no fold to come can change it, so that few statistics are held: each expert has its own.
             if not any(other.previous in group.linears for other in groups):
                 rounded |= self._finish(index, *waiting.pop(), tensors, folded, row_scales)
-        for entry in waiting:
-            rounded |= self._finish(index, *entry, tensors, folded, row_scales)
+            del inputs
+        while waiting:
+            rounded |= self._finish(index, *waiting.pop(0), tensors, folded, row_scales)
         dense = {name: self._as_stored(index, name, tensor, rounded) for name, tensor in folded.items()}
         written = {f"{self.architecture.layer_prefix(index)}{name}": tensor for name, tensor in dense.items()}
         for linear in (linear for group in groups for linear in group.linears if linear in rounded):
@@ -182,14 +184,15 @@ class LayerQuantizer:
         folded: dict[str, Tensor],
         row_scales: dict[str, Tensor],
     ) -> dict[str, tuple[AwqWeight, LinearReport]]:
-        """The group's quantized linears, rounded, and what that cost. scales: of its inputs; row_scales: of linears' outputs."""
-        found = {}
-        for linear, (weight, clipped) in self._round(index, group, folded, inputs.scaled(scales)).items():
-            effective = weight.dequantize() / scales
+        """The group's quantized linears, rounded, and what that cost. scales: of its inputs, whose statistics become those of the
+        scaled ones; row_scales: of linears' outputs."""
+        found, inputs = {}, inputs.scaled(scales)
+        for linear, (weight, clipped) in self._round(index, group, folded, inputs).items():
+            effective = weight.dequantize()
             if linear in row_scales:
                 effective *= row_scales[linear][:, None]
             original = tensors[f"{linear}.weight"]
-            found[linear] = weight, self._linear_report(linear, original, effective, inputs, clipped)
+            found[linear] = weight, self._linear_report(linear, original, effective, scales, inputs, clipped)
         return found
 
     def _search(
@@ -269,13 +272,24 @@ class LayerQuantizer:
         return cast_checked(f"{self.architecture.layer_prefix(index)}{name}", tensor, self.dtype)
 
     def _linear_report(
-        self, name: str, weight: Tensor, effective: Tensor, inputs: InputStatistics, clipped: float
+        self,
+        name: str,
+        weight: Tensor,
+        effective: Tensor,
+        scales: Tensor,
+        inputs: InputStatistics,
+        clipped: float,
     ) -> LinearReport:
+        """weight: the original; effective: what stands for it on the scaled inputs, whose statistics `inputs` are."""
         moment = inputs.second_moment
-        energy = max(output_error(weight, moment), 1e-30)
-        nearest = nearest_values(weight, self._group_size(weight.shape[1]))
-        errors = [output_error(values - weight, moment) / energy for values in (nearest, effective)]
-        return LinearReport(name, errors[0], errors[1], clipped)
+        nearest = nearest_values(weight, self._group_size(weight.shape[1])).sub_(weight).mul_(scales)
+        error_nearest = output_error(nearest, moment)
+        del nearest
+        scaled = weight * scales
+        energy = max(output_error(scaled, moment), 1e-30)
+        return LinearReport(
+            name, error_nearest / energy, output_error(effective.sub_(scaled), moment) / energy, clipped
+        )
 
 
 def pack(name: str, rounded: Rounded, group_size: int) -> AwqWeight:

@@ -21,6 +21,10 @@ DAMPING = 0.01
 """Added to the second moment's diagonal, as a part of its mean, before it is inverted."""
 MAX_DAMPING = 1e6
 """Past this only undefined values can keep the moment from being positive definite."""
+WIDEST_IN_FP64 = 8192
+"""Columns up to which a second moment is inverted in fp64. A wider one takes too much memory; with the damping fp32 will do."""
+_BLOCK = 256
+"""Rows of a second moment that are copied or inverted at once."""
 FEEDBACK_BLOCK = 64
 """Columns updated one by one before the rest of the row is updated by one matmul."""
 
@@ -112,33 +116,55 @@ def round_feedback(weight: Tensor, second_moment: Tensor, group_size: int, choos
 
 def damped(second_moment: Tensor, damping: float = DAMPING) -> Tensor:
     """A copy with a part of its mean diagonal added: what a few tokens do not show is not taken for nothing."""
-    return _damp(second_moment.clone(), damping)
-
-
-def _damp(moment: Tensor, damping: float) -> Tensor:
+    moment = second_moment.clone()
     moment.diagonal().add_(damping * moment.diagonal().mean().clamp(min=1e-12))
     return moment
 
 
 def _inverse_factor(second_moment: Tensor) -> Tensor:
-    """Upper Cholesky factor U (U^T U) of the damped second moment's inverse; damped more if rounding made it indefinite.
+    """Upper Cholesky factor U (U^T U) of the damped second moment's inverse, in fp32; damped more if rounding made it indefinite.
 
-    Cholesky of the moment in reverse order gives H = R R^T with R upper triangular, so U is R's inverse. Of the widest linear
-    these matrices are most of what a quantization holds, so no more than two of them exist in fp64 at once.
+    Cholesky of the moment in reverse order, J H J = L L^T, gives U = J L^-1 J: nothing but L is ever inverted. Of the widest
+    linear these matrices are most of what a quantization holds, so one is all that is made of them, factored and inverted where
+    it lies, in fp64 up to WIDEST_IN_FP64.
     """
+    columns = len(second_moment)
+    dtype = torch.float64 if columns <= WIDEST_IN_FP64 else torch.float32
+    matrix = torch.empty(columns, columns, dtype=dtype)
     damping = DAMPING
     while damping < MAX_DAMPING:
-        lower, failed = torch.linalg.cholesky_ex(_damp(second_moment.flip(0, 1).double(), damping))
+        for start in range(0, columns, _BLOCK):
+            stop = min(start + _BLOCK, columns)
+            matrix[start:stop] = second_moment[columns - stop : columns - start].flip(0, 1)
+        matrix.diagonal().add_(damping * matrix.diagonal().mean().clamp(min=1e-12))
+        lower = matrix.t()  # symmetric, and laid out as LAPACK wants it: factored in place
+        _, failed = torch.linalg.cholesky_ex(lower, out=(lower, torch.empty((), dtype=torch.int32)))
         if not failed:
-            upper = lower.flip(0, 1)
-            del lower
-            # Column by column in memory, so that it is solved in place.
-            inverse = torch.eye(len(upper), dtype=torch.float64).t()
-            torch.linalg.solve_triangular(upper, inverse, upper=True, out=inverse)
-            del upper
-            return inverse.float().contiguous()
+            _invert_lower(lower)
+            _reverse(matrix.view(-1))
+            return lower.float()
         damping *= 10
     raise QuantizeError("the second moment of a linear's inputs is not finite: activations overflow in fp32")
+
+
+def _invert_lower(lower: Tensor) -> None:
+    """A lower triangular matrix becomes its inverse, in place; what is above the diagonal is zero."""
+    for start in range(0, len(lower), _BLOCK):
+        rows = slice(start, start + _BLOCK)
+        corner = lower[rows, rows]
+        corner.copy_(torch.linalg.solve_triangular(corner, torch.eye(len(corner), dtype=lower.dtype), upper=False))
+        lower[rows, :start] = corner @ (lower[rows, :start] @ lower[:start, :start]).neg_()
+
+
+def _reverse(values: Tensor) -> None:
+    """A vector back to front, in place: with a matrix behind it, both its axes."""
+    size, chunk = len(values), 1 << 20
+    for start in range(0, size // 2, chunk):
+        stop = min(start + chunk, size // 2)
+        first, last = values[start:stop], values[size - stop : size - start]
+        flipped = first.flip(0)
+        first.copy_(last.flip(0))
+        last.copy_(flipped)
 
 
 def _rounded(integers: Tensor, scales: list[Tensor], zeros: list[Tensor]) -> Rounded:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -24,6 +25,10 @@ from quantizer.files import tensor_digest, write_json, write_safetensors
 STATE_FILE = "state.json"
 DONE_FILE = "done"
 """Beside the assembled checkpoint: it is whole, verified, and may be moved to OUT."""
+CHECKPOINT_FOLDER = "checkpoint"
+"""What is to become OUT."""
+REPLACED_FOLDER = "replaced"
+"""What was at OUT, for a moment."""
 _LOCK_FILE = "lock"
 
 
@@ -36,7 +41,7 @@ class WorkFolder:
     """
 
     def __init__(self, out: Path, fingerprint: Mapping[str, Any], restart: bool = False) -> None:
-        self.path = work_folder_path(out)
+        self.path, self._out = work_folder_path(out), out
         self._fingerprint = json.loads(json.dumps(fingerprint))
         self._restart = restart
 
@@ -61,6 +66,9 @@ class WorkFolder:
         self._lock.close()
 
     def _open(self) -> None:
+        replaced = self.path / REPLACED_FOLDER
+        if replaced.exists() and not self._out.exists():
+            os.replace(replaced, self._out)
         state = self.path / STATE_FILE
         if state.is_file() and _is_begun(self.path) and not self._restart:
             self._compare(json.loads(state.read_text()))
@@ -164,7 +172,7 @@ def _layer_file(work: Path, index: int) -> Path:
 def reusable_bytes(out: Path) -> int:
     """Bytes on disk of finished parts and of a checkpoint being made of them."""
     work = work_folder_path(out)
-    paths = [*work.glob("*.safetensors"), *(work / "checkpoint").rglob("*")]
+    paths = [*work.glob("*.safetensors"), *(work / CHECKPOINT_FOLDER).rglob("*")]
     return sum(path.stat().st_size for path in paths if path.is_file())
 
 

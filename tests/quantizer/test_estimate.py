@@ -8,9 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import transformers
 
 from quantizer import estimate, run
 from quantizer.config import QuantizeError, QuantizeOptions
+from quantizer.mappings import find_architecture
 from quantizer.sources import SafetensorsSource
 from quantizer.work_folder import work_folder_path
 
@@ -32,6 +34,34 @@ def test_more_work_is_estimated_as_more(make_checkpoint: Callable[..., Path]) ->
     assert _estimate(deep, samples=8).fixed_bytes == base.fixed_bytes
     assert _estimate(small, samples=8, effort="fast").seconds < base.seconds
     assert _estimate(small, samples=8, method="rtn").seconds < base.seconds
+
+
+def test_seven_billion_parameters_fit_eight_gigabytes() -> None:
+    hidden, intermediate, key_value = 3584, 18944, 512
+    config = transformers.Qwen2Config(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        architectures=["Qwen2ForCausalLM"],
+    )
+    linears = {"q": (hidden, hidden), "k": (key_value, hidden), "v": (key_value, hidden), "o": (hidden, hidden)}
+    shapes = {f"self_attn.{name}_proj": shape for name, shape in linears.items()}
+    shapes |= {f"mlp.{name}_proj": (intermediate, hidden) for name in ("gate", "up")}
+    shapes["mlp.down_proj"] = (hidden, intermediate)
+    layers = {f"model.layers.{index}.{name}.weight": shape for index in range(28) for name, shape in shapes.items()}
+    options = QuantizeOptions().resolved()
+    assert options.samples is not None
+    needed = estimate.estimate(
+        find_architecture(config),
+        options,
+        {"model.embed_tokens.weight": (152064, hidden), "lm_head.weight": (152064, hidden), **layers},
+        config,
+        options.samples,
+        1e11,
+    )
+    assert 5e9 < needed.memory_bytes < 8e9
 
 
 def test_disk_is_enough_for_what_is_written(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:

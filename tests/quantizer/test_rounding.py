@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kernels.format import pack_int4
+from quantizer import rounding
 from quantizer.pipeline import pack
 from quantizer.rounding import nearest_values, range_parameters, round_feedback, round_nearest
 from quantizer.search import RangeChooser, output_error
@@ -67,6 +68,21 @@ def test_feedback_with_long_groups_matches_the_textbook_update() -> None:
         error = (value - (level - zero) * scale) / factor[column, column]
         remaining = remaining - error * torch.nn.functional.pad(factor[column, column:], (column, 0))
     assert (result.integers == expected).float().mean() > 0.995
+
+
+@pytest.mark.parametrize(("widest", "tolerance"), [(8192, 1e-6), (0, 1e-3)], ids=["fp64", "fp32"])
+def test_the_factor_made_in_place_is_that_of_the_inverse(
+    widest: int, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over several blocks, the last one short; the moment itself is left alone."""
+    _, moment = _problem(columns=700)
+    given = moment.clone()
+    monkeypatch.setattr(rounding, "WIDEST_IN_FP64", widest)
+    factor = rounding._inverse_factor(moment)
+    damped = moment.double() + 0.01 * moment.diagonal().mean() * torch.eye(700)
+    expected = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    assert factor.dtype == torch.float32 and torch.equal(moment, given)
+    assert (factor - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 def test_singular_moment_is_damped() -> None:
