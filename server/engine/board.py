@@ -6,10 +6,13 @@ Two slots are filled in turn, and then one word says which of them counts: a rea
 
 from __future__ import annotations
 
-import multiprocessing
+import mmap
+import os
 import struct
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from multiprocessing.reduction import DupFd
 from typing import Any
 
 _CURRENT = struct.Struct("<Q")  # the serial number of the entry that counts; its slot is the number's parity
@@ -34,7 +37,20 @@ class Board:
     def __init__(self, is_shared: bool) -> None:
         self._memory: Any = bytearray(_SIZE)
         if is_shared:
-            self._memory = multiprocessing.get_context("spawn").RawArray("c", _SIZE)
+            self._file = _unnamed_file()
+            os.ftruncate(self._file, _SIZE)
+            self._memory = mmap.mmap(self._file, _SIZE)
+
+    def __getstate__(self) -> Any:
+        return DupFd(self._file)
+
+    def __setstate__(self, state: Any) -> None:
+        self._file = state.detach()
+        self._memory = mmap.mmap(self._file, _SIZE)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_file"):
+            os.close(self._file)
 
     def write(self, request_ids: Sequence[str] = (), predicted_seconds: float = 0.0) -> None:
         """Something is done for these requests, which is to take so long; without any: the engine rests, or prepares a step."""
@@ -61,3 +77,11 @@ class Board:
             if (current,) == _CURRENT.unpack_from(self._memory, 0):  # else the writer may have come round to this slot
                 break
         return BoardEntry(current, predicted, frozenset(names.decode().split("\n")) - {""} if is_whole else None)
+
+
+def _unnamed_file() -> int:
+    """A descriptor of memory that no path leads to: a container may have neither /dev/shm nor a folder that can be written."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("awq-serve board")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
