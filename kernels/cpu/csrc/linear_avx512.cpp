@@ -75,7 +75,7 @@ AWQ_INLINE void dot_block(const uint8_t* w, const uint8_t* a, int64_t stride, in
   const __m512i bytes = _mm512_set1_epi8(15), words = _mm512_set1_epi16(15);
   for (int r = 0; r < kRows; ++r) dot.v[r] = _mm512_setzero_si512();
   for (int64_t i = 0; i < size; i += kInt4 ? 8 : 4, w += 64) {
-    _mm_prefetch(reinterpret_cast<const char*>(w + 2048), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(w + 4096), _MM_HINT_T1);
     const __m512i v = load_vector(w);
     if constexpr (!kWide) {
       add_step<kRows, false>(_mm512_and_si512(v, bytes), a, stride, dot);
@@ -171,7 +171,7 @@ void dense_tile(const PackedLinear& weight, int64_t panel_index, const uint8_t* 
   Sums<kRows> total;
   for (int r = 0; r < kRows; ++r) total.v[r] = _mm512_setzero_ps();
   for (int64_t k = 0; k < layout.k; ++k, w += step) {
-    _mm_prefetch(reinterpret_cast<const char*>(w + 2048), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(w + 4096), _MM_HINT_T1);
     const __m512 value = step == 64 ? _mm512_loadu_ps(w) : load_half16(w, weight.float_type);
     for (int r = 0; r < kRows; ++r) {
       float x;
