@@ -167,7 +167,7 @@ def _ending(generation: Generation, reader: AnswerReader) -> dict[str, Any]:
         return {"stop_reason": "tool_use" if reader.num_calls else "end_turn", "stop_sequence": None}
     if (
         choice.finish_reason is FinishReason.TIMEOUT
-    ):  # the request's own: sent back as the last message, it is gone on from
+    ):  # the request's own; sent back as the last message, it is gone on from
         return {"stop_reason": "pause_turn", "stop_sequence": None}
     if choice.finish_reason is not FinishReason.LENGTH:
         raise RequestError("the server ended this request before its answer was complete", status=503)

@@ -340,6 +340,7 @@ class Scheduler:
             self.running.remove(sequence)
         else:
             self.waiting.remove(sequence)
+        self._close_gap(sequence)
         sequence.status = SequenceStatus.FINISHED
         self.block_manager.free(sequence)
         return TokenEvent(
@@ -351,6 +352,18 @@ class Scheduler:
             error=error,
             timings=sequence.timings(now),
         )
+
+    def _close_gap(self, sequence: Sequence) -> None:
+        """What a prompt that is given up has not had is its client's again: its requests behind that one move up."""
+        left = sequence.num_prompt_tokens - sequence.num_computed_tokens
+        if self.priority_aging_seconds is not None or left <= 0:
+            return
+        client = sequence.request.client
+        self._turns.give_back(client, left)
+        for other in (*self.running, *self.waiting):
+            if other.request.client == client and other.rank > sequence.rank:
+                other.rank = other.rank[0] - left, other.rank[1]
+        self.waiting.sort(key=lambda other: other.rank)
 
     def expire(self, now: float) -> list[TokenEvent]:
         """Ends every sequence whose deadline has passed."""

@@ -8,7 +8,8 @@ class Turns:
     if that is further on. Whoever has the least place goes first; a prompt's place moves on as it is computed.
 
     A client whose requests came one after the other has places in that order: with one client nothing changes. With N that wait,
-    nobody's next chunk comes after more than one of each of the others', however much one of them has sent.
+    nobody's next chunk comes after more than one of each of the others', however much one of them has sent. Tokens found in the
+    prefix cache count as computed ones do.
     """
 
     def __init__(self) -> None:
@@ -20,6 +21,10 @@ class Turns:
         start = max(self._now, self._ends.get(client, 0))
         self._ends[client] = start + num_tokens
         return start
+
+    def give_back(self, client: str, num_tokens: int) -> None:
+        """Of a request that ended before so many of its prompt's tokens were computed."""
+        self._ends[client] -= num_tokens
 
     def serve(self, place: int) -> None:
         """Work has come to this place."""

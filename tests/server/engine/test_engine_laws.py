@@ -4,7 +4,7 @@ And the laws' own test: planted bugs must break them."""
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -38,6 +38,7 @@ class Arrival:
     max_tokens: int
     abort_after: int | None
     siblings: int
+    client: str = ""
     min_tokens: int | None = None  # where the output ends with the first token 0 from there on
 
     def output(self, vocabulary: int) -> list[int]:
@@ -63,6 +64,7 @@ ARRIVALS = st.lists(
         max_tokens=st.integers(1, 16),
         abort_after=st.one_of(st.none(), st.none(), st.integers(0, 20)),
         siblings=st.sampled_from((1, 1, 1, 3)),
+        client=st.sampled_from(("", "", "a", "b")),
         min_tokens=st.sampled_from((None, 0, 5)),
     ),
     min_size=1,
@@ -101,7 +103,8 @@ def check_laws(arrivals: list[Arrival], engine_options: dict[str, Any]) -> None:
                 del waiting[request_id]
                 group = request_id.split(".")[0] if arrival.siblings > 1 else ""
                 stop = {} if arrival.min_tokens is None else {"stop_token_ids": (0,), "min_tokens": arrival.min_tokens}
-                engine.submit(request(request_id, arrival.prompt, arrival.max_tokens, group, **stop))
+                submitted = request(request_id, arrival.prompt, arrival.max_tokens, group, **stop)
+                engine.submit(replace(submitted, client=arrival.client))
         for request_id, arrival in plans.items():
             if (
                 request_id not in waiting

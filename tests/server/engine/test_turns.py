@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from server.api.app import Gate
 from server.engine.engine import Engine
 from server.keys import parse_keys
-from server.types import GenerateRequest
+from server.types import AbortReason, GenerateRequest
 from tests.server.engine.fake_model import expected_output, make_engine, request, run_to_end, tokens_of
 from tests.server.fakes import running_edge
 
@@ -113,6 +113,23 @@ def test_two_floods_share_by_tokens() -> None:
         assert abs(computed["long"] - computed["short"]) <= 2 * BUDGET
     run_to_end(engine)
     assert computed == {"long": 600, "short": 200}
+
+
+def test_requests_that_were_given_up_cost_their_client_nothing() -> None:
+    """Neither one that waited behind them nor one that comes later."""
+    engine = roomy_engine()
+    for index in range(12):
+        engine.submit(made(f"other-{index}", "other", 100, 10 * index))
+    for index in range(20):
+        engine.submit(made(f"given-up-{index}", "one", 120, 500 + index))
+    engine.submit(made("behind", "one", 4, 900))
+    engine.step()
+    for index in range(20):
+        engine.abort(f"given-up-{index}", AbortReason.CLIENT)
+    assert steps_until_begun(engine, "behind") <= 3
+    engine.submit(made("later", "one", 4, 950))
+    assert steps_until_begun(engine, "later") <= 3
+    run_to_end(engine)
 
 
 def test_priorities_come_before_turns() -> None:
