@@ -69,7 +69,7 @@ namespace {
   AWQ_NIBBLES(ROWS, AWQ_FIRST, "0", "0", "16") AWQ_NIBBLES(ROWS, AWQ_NEXT, "64", "32", "48")             \
   AWQ_NIBBLES(ROWS, AWQ_NEXT, "128", "64", "80") AWQ_NIBBLES(ROWS, AWQ_NEXT, "192", "96", "112")
 
-// Two steps of one row against two panels, %[w] and %[u]: a broadcast serves both. No prefetches: here they cost more than they bring.
+// Two steps of one row against two panels, %[w] and %[u]: a broadcast serves both.
 #define AWQ_NIBBLES_OF(OP, weights, T)                                         \
   "vmovdqa " weights ", %[v0]\n"                                               \
   "vmovdqa 32+" weights ", %[v1]\n"                                            \
@@ -93,11 +93,14 @@ namespace {
   "vpbroadcastd " high "(%[a]), %[y]\n"                                        \
   AWQ_NIBBLES_OF(OP, weights "(%[w])", "A") AWQ_NIBBLES_OF(OP, weights "(%[u])", "B")
 
-AWQ_INLINE void nibbles_pair(const uint8_t* w, const uint8_t* u, const uint8_t* a, __m256i mask, __m256i (&s)[2][2]) {
+// One row's block of both panels. Of every two cache lines one is prefetched, into L2: more prefetches cost more here than they bring.
+AWQ_INLINE void nibbles_pair(const uint8_t* w, const uint8_t* u, const uint8_t* a, __m256i mask, __m256i (&s)[2][1][2]) {
   __m256i w0, w1, v0, v1, x, y;
-  asm volatile(AWQ_NIBBLES_PAIR(AWQ_LOW_FIRST, "0", "0", "16") AWQ_NIBBLES_PAIR(AWQ_LOW_NEXT, "64", "32", "48")
+  asm volatile("prefetcht1 4096(%[w])\n prefetcht1 4096(%[u])\n"
+               AWQ_NIBBLES_PAIR(AWQ_LOW_FIRST, "0", "0", "16") AWQ_NIBBLES_PAIR(AWQ_LOW_NEXT, "64", "32", "48")
+               "prefetcht1 4224(%[w])\n prefetcht1 4224(%[u])\n"
                AWQ_NIBBLES_PAIR(AWQ_LOW_NEXT, "128", "64", "80") AWQ_NIBBLES_PAIR(AWQ_LOW_NEXT, "192", "96", "112")
-               : [A0] "=&x"(s[0][0]), [A1] "=&x"(s[0][1]), [B0] "=&x"(s[1][0]), [B1] "=&x"(s[1][1]), [w0] "=&x"(w0), [w1] "=&x"(w1),
+               : [A0] "=&x"(s[0][0][0]), [A1] "=&x"(s[0][0][1]), [B0] "=&x"(s[1][0][0]), [B1] "=&x"(s[1][0][1]), [w0] "=&x"(w0), [w1] "=&x"(w1),
                  [v0] "=&x"(v0), [v1] "=&x"(v1), [x] "=&x"(x), [y] "=&x"(y)
                : [w] "r"(w), [u] "r"(u), [a] "r"(a), [mask] "x"(mask)
                : "memory");
@@ -281,71 +284,27 @@ AWQ_INLINE void with_blocks_per_group(int64_t blocks_per_group, Run&& run) {
 
 // ---- few rows, int8 activations: straight from the packed nibbles ----
 
-// One block of 32 channels: adds to `group`, or starts it.
-template <int kRows, bool kFirst>
-AWQ_INLINE void nibble_block(const uint8_t* w, const uint8_t* a, const float* scales, __m256i mask, Sums<kRows>& group) {
-  __m256i dot[kRows][2];
-  Block<kRows>::int8_nibbles(w, a, mask, dot);
-  widen<kRows>(dot);
-  add_block<kRows, kFirst>(dot, scales, group);
+// One block of 32 channels of one panel or two, `next` bytes apart: adds to their `group`, or starts it.
+template <int kRows, int kPanels, bool kFirst>
+AWQ_INLINE void nibble_block(const uint8_t* w, int64_t next, const uint8_t* a, const float* scales, __m256i mask,
+                             Sums<kRows> (&group)[kPanels]) {
+  __m256i dot[kPanels][kRows][2];
+  if constexpr (kPanels == 2)
+    nibbles_pair(w, w + next, a, mask, dot);
+  else
+    Block<kRows>::int8_nibbles(w, a, mask, dot[0]);
+  for (int p = 0; p < kPanels; ++p) widen<kRows>(dot[p]);
+  add_block<kRows, kFirst>(dot[0], scales, group[0]);
+  if constexpr (kPanels == 2) add_block<kRows, kFirst>(dot[1], scales, group[1]);
 }
 
-// kPer: the blocks of a group, or 0.
-template <int kRows, FloatType kScale, int kPer>
+// kPanels: 2 is for one row, where what comes after a group of one panel runs beside the next products of the other. kPer: the blocks
+// of a group, or 0.
+template <int kRows, int kPanels, FloatType kScale, int kPer>
 void nibble_tile(const PackedLinear& weight, int64_t panel_index, const uint8_t* tile, float* y, int64_t ldy) {
   const ActivationLayout& layout = weight.activations;
-  const uint8_t* panel = weight.panels.data() + panel_index * weight.panel_stride;
-  const uint8_t* w = panel + weight.weights_offset;
-  const uint8_t* a = tile;
-  const float* scales = reinterpret_cast<const float*>(tile + layout.scales_offset);
-  const float* sums = reinterpret_cast<const float*>(tile + layout.sums_offset);
-  const uint8_t* weight_scales = panel;
-  const uint8_t* zeros = panel + layout.num_groups * kPanelColumns * 2;
-  const __m256i mask = _mm256_set1_epi8(15);
-  const int64_t per_group = kPer != 0 ? kPer : layout.blocks_per_group;
-  Sums<kRows> total = {};
-  for (int64_t group = 0; group < layout.num_groups; ++group) {
-    Sums<kRows> partial;
-    nibble_block<kRows, true>(w, a, scales, mask, partial);
-#pragma GCC unroll 4
-    for (int64_t b = 1; b < per_group; ++b)
-      nibble_block<kRows, false>(w + b * 256, a + b * 128, scales + b * kTileRows, mask, partial);
-    GroupMeta meta;
-    for (int h = 0; h < 2; ++h) meta.scale[h] = load_half8(weight_scales + h * 16, kScale);
-    load_zeros(zeros, meta.zero);
-    add_group<kRows>(meta, sums, partial, total);
-    weight_scales += kPanelColumns * 2;
-    zeros += kPanelColumns;
-    w += per_group * 256;
-    a += per_group * 128;
-    scales += per_group * kTileRows;
-    sums += kTileRows;
-  }
-  store_rows<kRows>(weight, panel_index, total, y, ldy);
-}
-
-// One block of one row against two panels: adds to their `group`, or starts it.
-template <bool kFirst>
-AWQ_INLINE void nibble_block_pair(const uint8_t* w, const uint8_t* u, const uint8_t* a, const float* scales, __m256i mask,
-                                  Sums<2>& group) {
-  __m256i dot[2][2];
-  nibbles_pair(w, u, a, mask, dot);
-  widen<2>(dot);
-  const __m256 scale = _mm256_broadcast_ss(scales);
-  for (int p = 0; p < 2; ++p)
-    for (int h = 0; h < 2; ++h) {
-      const __m256 value = _mm256_cvtepi32_ps(dot[p][h]);
-      group.v[p][h] = kFirst ? _mm256_mul_ps(value, scale) : _mm256_fmadd_ps(value, scale, group.v[p][h]);
-    }
-}
-
-// nibble_tile of one row for two panels; the operations of each column are the same. What comes after a group of one panel runs beside
-// the next products of the other: 5% faster for groups of 64, 8% for 32, and no faster for longer ones.
-template <FloatType kScale, int kPer>
-void nibble_pair(const PackedLinear& weight, int64_t panel_index, const uint8_t* tile, float* y, int64_t ldy) {
-  const ActivationLayout& layout = weight.activations;
-  const uint8_t* panel = weight.panels.data() + panel_index * weight.panel_stride;
   const int64_t next = weight.panel_stride;
+  const uint8_t* panel = weight.panels.data() + panel_index * next;
   const uint8_t* w = panel + weight.weights_offset;
   const uint8_t* a = tile;
   const float* scales = reinterpret_cast<const float*>(tile + layout.scales_offset);
@@ -354,19 +313,18 @@ void nibble_pair(const PackedLinear& weight, int64_t panel_index, const uint8_t*
   const uint8_t* zeros = panel + layout.num_groups * kPanelColumns * 2;
   const __m256i mask = _mm256_set1_epi8(15);
   const int64_t per_group = kPer != 0 ? kPer : layout.blocks_per_group;
-  Sums<1> total[2] = {};
+  Sums<kRows> total[kPanels] = {};
   for (int64_t group = 0; group < layout.num_groups; ++group) {
-    Sums<2> partial;
-    nibble_block_pair<true>(w, w + next, a, scales, mask, partial);
+    Sums<kRows> partial[kPanels];
+    nibble_block<kRows, kPanels, true>(w, next, a, scales, mask, partial);
 #pragma GCC unroll 4
     for (int64_t b = 1; b < per_group; ++b)
-      nibble_block_pair<false>(w + b * 256, w + next + b * 256, a + b * 128, scales + b * kTileRows, mask, partial);
-    for (int p = 0; p < 2; ++p) {
+      nibble_block<kRows, kPanels, false>(w + b * 256, next, a + b * 128, scales + b * kTileRows, mask, partial);
+    for (int p = 0; p < kPanels; ++p) {
       GroupMeta meta;
       for (int h = 0; h < 2; ++h) meta.scale[h] = load_half8(weight_scales + p * next + h * 16, kScale);
       load_zeros(zeros + p * next, meta.zero);
-      const Sums<1> of_panel = {{{partial.v[p][0], partial.v[p][1]}}};
-      add_group<1>(meta, sums, of_panel, total[p]);
+      add_group<kRows>(meta, sums, partial[p], total[p]);
     }
     weight_scales += kPanelColumns * 2;
     zeros += kPanelColumns;
@@ -375,23 +333,23 @@ void nibble_pair(const PackedLinear& weight, int64_t panel_index, const uint8_t*
     scales += per_group * kTileRows;
     sums += kTileRows;
   }
-  for (int p = 0; p < 2; ++p) store_rows<1>(weight, panel_index + p, total[p], y, ldy);
+  for (int p = 0; p < kPanels; ++p) store_rows<kRows>(weight, panel_index + p, total[p], y, ldy);
 }
 
 template <FloatType kScale, int kPer>
 void run_nibbles(const PackedLinear& weight, const uint8_t* tiles, int64_t num_rows, float* y, int64_t ldy, int64_t panel_begin,
                  int64_t panel_end) {
   int64_t panel = panel_begin;
-  if (num_rows == 1 && (kPer == 1 || kPer == 2))
-    for (; panel + 2 <= panel_end; panel += 2) nibble_pair<kScale, kPer>(weight, panel, tiles, y, ldy);
+  if (num_rows == 1)
+    for (; panel + 2 <= panel_end; panel += 2) nibble_tile<1, 2, kScale, kPer>(weight, panel, tiles, y, ldy);
   for (; panel < panel_end; ++panel)
     for (int64_t row = 0; row < num_rows; row += kTileRows) {
       const uint8_t* tile = tiles + row / kTileRows * weight.activations.tile_stride;
       switch (num_rows - row) {
-        case 1: nibble_tile<1, kScale, kPer>(weight, panel, tile, y + row * ldy, ldy); break;
-        case 2: nibble_tile<2, kScale, kPer>(weight, panel, tile, y + row * ldy, ldy); break;
-        case 3: nibble_tile<3, kScale, kPer>(weight, panel, tile, y + row * ldy, ldy); break;
-        default: nibble_tile<4, kScale, kPer>(weight, panel, tile, y + row * ldy, ldy); break;
+        case 1: nibble_tile<1, 1, kScale, kPer>(weight, panel, tile, y + row * ldy, ldy); break;
+        case 2: nibble_tile<2, 1, kScale, kPer>(weight, panel, tile, y + row * ldy, ldy); break;
+        case 3: nibble_tile<3, 1, kScale, kPer>(weight, panel, tile, y + row * ldy, ldy); break;
+        default: nibble_tile<4, 1, kScale, kPer>(weight, panel, tile, y + row * ldy, ldy); break;
       }
     }
 }
