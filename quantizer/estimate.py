@@ -17,6 +17,7 @@ from quantizer.calibrate import BATCH_TOKENS
 from quantizer.config import EFFORTS, QuantizeError, QuantizeOptions
 from quantizer.mappings import Architecture
 from quantizer.pipeline import MAX_ROUNDED_ROWS
+from quantizer.refinement import MAX_REFINED_WEIGHTS
 from quantizer.rounding import WIDEST_IN_FP64
 from quantizer.work_folder import reusable_bytes
 
@@ -63,12 +64,8 @@ def estimate(
     forward = 4 * BATCH_TOKENS * (4 * max(rows for rows, _ in groups) + 8 * hidden_size)
     # transformers' layer has a copy of the experts; what they read is kept until the last is calibrated.
     capture = 4 * (layer * (2 if is_mixture else 1) + moments) + forward
-    # Original and folded layer, and for one group of linears: its second moment as it is factored, and that of the factor; then the
-    # columns as they are updated or refined. At the end the dequantized layer beside the two.
-    per_weight = 21 if EFFORTS[options.effort].sweeps else 12
-    widest = max(
-        _factor_bytes(columns) + per_weight * min(rows, MAX_ROUNDED_ROWS) * columns for rows, columns in groups
-    )
+    # Original and folded layer, and what one group of linears takes. At the end the dequantized layer beside the two.
+    widest = max(_rounding_bytes(options, min(rows, MAX_ROUNDED_ROWS), columns) for rows, columns in groups)
     rounding = 4 * (2 * layer + moments) + widest
     fixed = PROCESS_BYTES + max(capture, rounding, 12 * layer, 8 * max(others))
     packed = num_layers * layer * (4 + 20 / options.group_size if options.group_size > 0 else 4) / 8 + 2 * sum(others)
@@ -84,9 +81,16 @@ def estimate(
     )
 
 
-def _factor_bytes(columns: int) -> int:
-    """Of a second moment while it is factored: in fp64 and then in fp32 as well, or in fp32 alone."""
-    return (12 if columns <= WIDEST_IN_FP64 else 4) * columns**2
+def _rounding_bytes(options: QuantizeOptions, rows: int, columns: int) -> int:
+    """Of linears that share an input, while they are rounded and refined.
+
+    Rounding: the second moment as it is factored, in fp64 and then in fp32 as well or in fp32 alone, and the columns as they are
+    updated. Refining: the weights, the integers before and after, and the state of the rows in hand.
+    """
+    feedback = (12 if columns <= WIDEST_IN_FP64 else 4) * columns**2 + 12 * rows * columns
+    if not EFFORTS[options.effort].sweeps:
+        return feedback
+    return max(feedback, 6 * rows * columns + 16 * min(rows * columns, MAX_REFINED_WEIGHTS))
 
 
 def _groups(

@@ -11,19 +11,40 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantizer.rounding import FEEDBACK_BLOCK, MAX_INTEGER, Rounded, damped
+from quantizer.rounding import FEEDBACK_BLOCK, MAX_INTEGER, Rounded, damping_of
+
+MAX_REFINED_WEIGHTS = 1 << 25
+"""Of a linear's rows that are refined at once: no row's result depends on another, and each weight takes 16 bytes meanwhile."""
 
 
 def refine(weight: Tensor, second_moment: Tensor, rounded: Rounded, sweeps: int) -> Rounded:
-    """weight: fp32 [N, K], what was rounded; second_moment: [K, K] of its inputs. A sweep visits every scale and integer."""
-    moment = damped(second_moment)
+    """weight: fp32 [N, K], what was rounded; second_moment: [K, K] of its inputs. A sweep visits every scale and integer.
+
+    The second moment is damped in place while this runs (a copy of a wide linear's is the largest thing there is) and given back
+    as it was.
+    """
+    diagonal = second_moment.diagonal()
+    undamped = diagonal.clone()
+    diagonal.add_(damping_of(second_moment))
+    integers, scales = torch.empty_like(rounded.integers), torch.empty_like(rounded.scales)
+    step = max(1, MAX_REFINED_WEIGHTS // weight.shape[1])
+    for start in range(0, len(weight), step):
+        rows = slice(start, start + step)
+        part = Rounded(rounded.integers[rows], rounded.zeros[rows], rounded.scales[rows])
+        integers[rows], scales[rows] = _refine_rows(weight[rows], second_moment, part, sweeps)
+    diagonal.copy_(undamped)
+    return Rounded(integers, rounded.zeros, scales)
+
+
+def _refine_rows(weight: Tensor, moment: Tensor, rounded: Rounded, sweeps: int) -> tuple[Tensor, Tensor]:
+    """Integers [N, K] and scales [N, K/G]. moment: damped."""
     state = _State(weight, moment, rounded)
     for _ in range(sweeps):
         for group in range(state.scales.shape[0]):
             state.fit_scale(group)
         if not state.move_integers():
             break
-    return Rounded(state.integers.t().to(torch.uint8).contiguous(), rounded.zeros, state.scales.t().contiguous().half())
+    return state.integers.t(), state.scales.t()
 
 
 class _State:

@@ -114,11 +114,9 @@ def round_feedback(weight: Tensor, second_moment: Tensor, group_size: int, choos
     return _rounded(integers.t().contiguous(), scales, zeros)
 
 
-def damped(second_moment: Tensor, damping: float = DAMPING) -> Tensor:
-    """A copy with a part of its mean diagonal added: what a few tokens do not show is not taken for nothing."""
-    moment = second_moment.clone()
-    moment.diagonal().add_(damping * moment.diagonal().mean().clamp(min=1e-12))
-    return moment
+def damping_of(second_moment: Tensor, damping: float = DAMPING) -> Tensor:
+    """What is added to the diagonal, a part of its mean: what a few tokens do not show is not taken for nothing."""
+    return damping * second_moment.diagonal().mean().clamp(min=1e-12)
 
 
 def _inverse_factor(second_moment: Tensor) -> Tensor:
@@ -136,7 +134,7 @@ def _inverse_factor(second_moment: Tensor) -> Tensor:
         for start in range(0, columns, _BLOCK):
             stop = min(start + _BLOCK, columns)
             matrix[start:stop] = second_moment[columns - stop : columns - start].flip(0, 1)
-        matrix.diagonal().add_(damping * matrix.diagonal().mean().clamp(min=1e-12))
+        matrix.diagonal().add_(damping_of(matrix, damping))
         lower = matrix.t()  # symmetric, and laid out as LAPACK wants it: factored in place
         _, failed = torch.linalg.cholesky_ex(lower, out=(lower, torch.empty((), dtype=torch.int32)))
         if not failed:
