@@ -27,7 +27,7 @@ _EXAMPLES = """\
 examples:
   awq-quantize Qwen/Qwen3-0.6B models/qwen3-0.6b-awq
   awq-quantize model.Q8_0.gguf models/model-awq --group-size 64
-  awq-quantize ./finetuned models/finetuned-awq --calibration chats.jsonl --samples 128
+  awq-quantize ./finetuned models/finetuned-awq --calibration chats.jsonl --samples 128 --evaluate
   awq-quantize ./finetuned models/finetuned-rtn --method rtn      (plain rounding, to compare with)
   awq-quantize evaluate models/finetuned-awq --reference ./finetuned --text held_out.txt
 """
@@ -49,6 +49,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--no-memory-check", action="store_true", help="start even if memory or disk will not do by the estimate"
+    )
+    parser.add_argument(
+        "--evaluate",
+        nargs="?",
+        const="builtin",
+        metavar="TEXT",
+        help="then score OUT beside SOURCE, on text held out from the builtin or on a file, and put that into the report; both "
+        "models are in memory meanwhile, in fp32",
     )
     add_source_arguments(parser)
     _add_format_arguments(parser, defaults)
@@ -111,6 +119,13 @@ def _add_method_arguments(parser: argparse.ArgumentParser, defaults: QuantizeOpt
         "scales after rounding (default: %(default)s)",
     )
     method.add_argument("--no-scales", action="store_true", help="skip the search for per-channel scales")
+    method.add_argument(
+        "--unscaled-modules",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="search no scales for the inputs of linears whose full name contains NAME, for example o_proj",
+    )
     method.add_argument("--no-clip", action="store_true", help="skip the search for clipped ranges")
     method.add_argument(
         "--rounding",
@@ -151,6 +166,7 @@ def options_from_arguments(arguments: argparse.Namespace) -> QuantizeOptions:
         method=arguments.method,
         effort=arguments.effort,
         scales=not arguments.no_scales,
+        unscaled_modules=tuple(arguments.unscaled_modules),
         clip=not arguments.no_clip,
         rounding=arguments.rounding,
         calibration=arguments.calibration,
@@ -178,6 +194,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             return evaluate_main(arguments[1:])
         parsed = build_parser().parse_args(arguments)
+        if parsed.evaluate not in (None, "builtin") and not Path(parsed.evaluate).exists():
+            raise QuantizeError(f"evaluate: {parsed.evaluate!r} is neither 'builtin' nor a file or folder")
         # Loads torch: what is wrong with the arguments is said without waiting for it.
         from quantizer.run import quantize
 
@@ -200,7 +218,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     megabytes = report["bytes"] / 1e6
     print(f"wrote {parsed.out}: {megabytes:.0f} MB in {report['seconds']:.0f} s; {len(report['layers'])} layers")
-    return 0
+    return main(["evaluate", *_evaluation_arguments(parsed)]) if parsed.evaluate else 0
+
+
+def _evaluation_arguments(parsed: argparse.Namespace) -> list[str]:
+    """Of `awq-quantize evaluate`, for what was just written."""
+    arguments = [str(parsed.out), "--reference", parsed.source, "--text", parsed.evaluate, "--report"]
+    arguments += ["--revision", parsed.revision] if parsed.revision else []
+    return [*arguments, "--offline"] if parsed.offline else arguments
 
 
 if __name__ == "__main__":

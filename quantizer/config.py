@@ -125,6 +125,8 @@ class QuantizeOptions:
     method: str = "awq"
     effort: str = "default"
     scales: bool = True
+    unscaled_modules: tuple[str, ...] = ()
+    """Linears whose inputs get no scale: those whose full name contains one of these."""
     clip: bool = True
     rounding: str = "feedback"
     calibration: str = "builtin"

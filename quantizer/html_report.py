@@ -70,7 +70,7 @@ def command(source: str, options: QuantizeOptions, revision: str | None = None) 
             words += [f"--no-{field}"] if options.method == "awq" else []
         elif field == "max_shard_bytes":
             words += ["--max-shard-size", repr(value / 1e9)]
-        elif field == "modules_to_not_convert":
+        elif field in ("modules_to_not_convert", "unscaled_modules"):
             words += [flag, *value]
         else:
             words += [flag, str(value)]

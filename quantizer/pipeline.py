@@ -201,7 +201,7 @@ class LayerQuantizer:
         """None where there is nothing to search for: no scales are wanted, or can be folded, or no linear is quantized."""
         weights = [tensors[f"{name}.weight"] for name in group.linears if self._converts(index, name)]
         channels = inputs.mean_abs.shape[0]
-        if not weights or not self.options.scales or group.fold is Fold.NONE:
+        if not weights or not self._scales(index, group) or group.fold is Fold.NONE:
             return None
         shared, effort = shared_channels(self.source.config, group), EFFORTS[self.options.effort]
         # The rows that the search will look at, before the weights of all experts are copied side by side.
@@ -266,6 +266,12 @@ class LayerQuantizer:
     def _converts(self, index: int, linear: str) -> bool:
         return self.quant_config.converts(f"{self.architecture.layer_prefix(index)}{linear}")
 
+    def _scales(self, index: int, group: ScaleGroup) -> bool:
+        """Whether scales are wanted for this group's inputs, which all of its linears share."""
+        names = [f"{self.architecture.layer_prefix(index)}{linear}" for linear in group.linears]
+        unscaled = any(skipped in name for skipped in self.options.unscaled_modules for name in names)
+        return self.options.scales and not unscaled
+
     def _as_stored(self, index: int, name: str, tensor: Tensor, rounded: Collection[str]) -> Tensor:
         if name.removesuffix(".weight") in rounded:
             return tensor
@@ -312,6 +318,23 @@ def cast_checked(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
             f"(at most {torch.finfo(dtype).max:g}); use --dtype bfloat16"
         )
     return cast
+
+
+def check_names(architecture: Architecture, options: QuantizeOptions, model: PretrainedConfig) -> None:
+    """QuantizeError naming a module asked to be left out or unscaled that is none of this model's linears."""
+    linears = [
+        f"{architecture.layer_prefix(index)}{linear}"
+        for index in range(model.num_hidden_layers)
+        for linear in architecture.layer_linears(model, index)
+    ]
+    linears += [*architecture.routers(model), "lm_head"]
+    for option in ("modules_to_not_convert", "unscaled_modules"):
+        for wanted in getattr(options, option):
+            if not any(wanted in linear for linear in linears):
+                first = [name.removeprefix(architecture.layer_prefix(0)) for name in linears][:7]
+                raise QuantizeError(
+                    f"{option}: {wanted!r} is part of no linear's name; there are {', '.join(first)}, ..."
+                )
 
 
 def check_divisible(

@@ -23,7 +23,7 @@ from quantizer.config import QuantizeError, QuantizeOptions
 from quantizer.files import files_digest, num_bytes, read_entries, tensor_digest
 from quantizer.layouts import quantization_json
 from quantizer.mappings import Architecture, find_architecture
-from quantizer.pipeline import LayerQuantizer, cast_checked, check_divisible
+from quantizer.pipeline import LayerQuantizer, cast_checked, check_divisible, check_names
 from quantizer.sources import Source
 from quantizer.work_folder import WorkFolder, is_begun
 
@@ -80,6 +80,7 @@ def prepare(source: Source, options: QuantizeOptions) -> Job:
     if routers := architecture.routers(source.config):
         options = replace(options, modules_to_not_convert=(*options.modules_to_not_convert, *routers))
     assert options.samples is not None
+    check_names(architecture, options, source.config)
     shapes = sources.check_tensors(source)
     check_divisible(architecture, options, shapes, source.config)
     dtype = source.dtype if options.dtype == "auto" else getattr(torch, options.dtype)

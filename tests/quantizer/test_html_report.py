@@ -52,6 +52,20 @@ def test_every_number_is_the_jsons(make_checkpoint: Callable[..., Path], tmp_pat
     assert not re.search(r"<script|src=|href=|@import|url\(", page)
 
 
+def test_a_quantization_that_is_to_be_evaluated_has_it_in_its_report(
+    make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    source, out, text = make_checkpoint("llama"), tmp_path / "out", tmp_path / "text.txt"
+    text.write_text("Some words that are scored. " * 300)
+    arguments = ["--group-size", "32", "--samples", "2", "--sequence-length", "64", "--evaluate", str(text)]
+    assert main([str(source), str(out), *arguments[:-1], str(tmp_path / "none.txt")]) == 1
+    assert not out.exists(), "a text that is missing is said before the work"
+    assert main([str(source), str(out), *arguments]) == 0
+    report = json.loads((out / "quantization_report.json").read_text())
+    assert report["evaluation"]["text"] == str(text) and report["evaluation"]["kl_mean"] > 0
+    assert "<h2>Evaluation</h2>" in (out / "quantization_report.html").read_text()
+
+
 def test_names_are_escaped(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     source = make_checkpoint("llama", name="a<b>&c")
     quantize(
@@ -68,6 +82,7 @@ def test_names_are_escaped(make_checkpoint: Callable[..., Path], tmp_path: Path)
         QuantizeOptions(group_size=64, effort="fast", format="compressed-tensors", clip=False, seed=3),
         QuantizeOptions(method="rtn", samples=4, dtype="bfloat16", max_shard_bytes=1_500_000_001),
         QuantizeOptions(rounding="nearest", scales=False, modules_to_not_convert=("k_proj", "layers.0.")),
+        QuantizeOptions(effort="high", unscaled_modules=("o_proj", "layers.0.mlp.down_proj")),
     ],
 )
 def test_the_command_repeats_the_options(options: QuantizeOptions) -> None:

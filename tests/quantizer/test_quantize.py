@@ -193,6 +193,23 @@ def test_modules_left_out_stay_dense_and_the_model_still_computes(
     assert quality.kl_mean is not None and quality.kl_mean < 0.02
 
 
+def test_linears_named_unscaled_get_no_scales(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    source = make_checkpoint("llama")
+    report = _run(source, tmp_path / "out", unscaled_modules=("o_proj", "layers.1.mlp.down_proj"))
+    scaled = [[scales["previous"] for scales in layer["scales"]] for layer in report["layers"]]
+    norms = ["input_layernorm", "post_attention_layernorm"]
+    assert scaled[0] == scaled[2] == [*norms, "mlp.up_proj"] and scaled[1] == norms
+
+
+@pytest.mark.parametrize("field", ["modules_to_not_convert", "unscaled_modules"])
+def test_a_name_of_no_linear_is_refused(
+    field: str, make_checkpoint: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(make_checkpoint("llama")), str(tmp_path / "out"), f"--{field.replace('_', '-')}", "o_proj", "w2"]
+    assert main(arguments) == 1
+    assert f"{field}: 'w2' is part of no linear's name; there are self_attn.q_proj," in capsys.readouterr().err
+
+
 def test_unscaled_nearest_is_plain_rounding_of_the_source(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     from quantizer.rounding import nearest_values
 
