@@ -11,16 +11,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from quantizer.config import QuantizeOptions
+from quantizer.report_charts import choice_charts, error_chart, linear_charts
 
-_WIDTH, _HEIGHT, _MARGIN = 900, 220, 45
-_SERIES = (("error_nearest", "#c60", "nearest rounding"), ("error", "#06c", "as written"))
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; color: #222; }
 table { border-collapse: collapse; margin: 1em 0; font-size: 13px; }
 th, td { padding: .2em .7em; border-bottom: 1px solid #ddd; text-align: left; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; }
-pre { background: #f4f4f4; padding: .8em; overflow-x: auto; }
-svg { width: 100%; height: auto; } svg text { font: 12px system-ui, sans-serif; fill: #444; }
+pre { background: #f4f4f4; padding: .8em; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(20em, 1fr)); }
 details { margin: 1em 0; } summary { cursor: pointer; }
 """
 
@@ -40,12 +40,16 @@ def render(report: Mapping[str, Any]) -> str:
     sections += [
         "<h2>Relative output error, layer by layer</h2>",
         "<p>tr(ΔW H ΔWᵀ) / tr(W H Wᵀ), mean over a layer's linears, on the calibration text.</p>",
-        _plot(layers),
-        "<h2>Linears</h2>",
+        error_chart(layers),
+        f'<div class="charts">{"".join(linear_charts(layers))}</div>',
+        "<h2>What the searches chose</h2>",
+        *choice_charts(layers),
+        "<details><summary>Every linear</summary>",
         _table(("layer", "linear", "nearest", "written", "clipped groups"), _linear_rows(layers)),
-        "<h2>Scales</h2>",
+        "</details><details><summary>Every scale</summary>",
         "<p>Errors of nearest rounding without and with the chosen scales, relative, over the rows that were searched.</p>",
         _table(("layer", "folded into", "formula", "exponent", "without", "with"), _scale_rows(layers)),
+        "</details>",
         "<h2>Tried and not done, because it did not help</h2>",
         _table(
             ("layer", ""), [(_cell(layer["layer"]), html.escape(name)) for layer in layers for name in layer["skipped"]]
@@ -120,32 +124,3 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         cells = "".join(f"<td{' class=number' if cell.startswith('<span') else ''}>{cell}</td>" for cell in row)
         lines.append(f"<tr>{cells}</tr>")
     return f"<table><tr>{head}</tr>\n" + "\n".join(lines) + "\n</table>" if lines else "<p>Nothing.</p>"
-
-
-def _plot(layers: Sequence[Mapping[str, Any]]) -> str:
-    """Two lines over the layers, from zero."""
-    means = {key: [layer[key] for layer in layers] for key, _, _ in _SERIES}
-    top = max(max(values) for values in means.values())
-    step = (_WIDTH - 2 * _MARGIN) / max(1, len(layers) - 1)
-    base = _HEIGHT - _MARGIN / 2
-
-    def point(index: int, value: float) -> tuple[float, float]:
-        return _MARGIN + index * step, base - value / (top or 1.0) * (_HEIGHT - _MARGIN)
-
-    parts = [
-        f'<line x1="{_MARGIN}" y1="{base}" x2="{_WIDTH - _MARGIN}" y2="{base}" stroke="#999"/>',
-        f'<line x1="{_MARGIN}" y1="{base}" x2="{_MARGIN}" y2="{_MARGIN / 2}" stroke="#999"/>',
-        f'<text x="{_MARGIN}" y="{_MARGIN / 2 - 5}"><title>{top!r}</title>{top:.4g}</text>',
-        f'<text x="{_MARGIN}" y="{_HEIGHT - 6}">layer 0</text>',
-        f'<text x="{_WIDTH - _MARGIN}" y="{_HEIGHT - 6}" text-anchor="end">layer {len(layers) - 1}</text>',
-    ]
-    for row, (key, colour, label) in enumerate(_SERIES):
-        points = [point(index, value) for index, value in enumerate(means[key])]
-        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts += [
-            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"><title>layer {index}: {value!r}</title></circle>'
-            for index, ((x, y), value) in enumerate(zip(points, means[key], strict=True))
-        ]
-        parts.append(f'<text x="{_WIDTH - 200}" y="{15 + 16 * row}" style="fill:{colour}">{label}</text>')
-    return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{"".join(parts)}</svg>'

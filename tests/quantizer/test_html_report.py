@@ -14,6 +14,7 @@ import pytest
 from quantizer.__main__ import build_parser, main, options_from_arguments
 from quantizer.config import QuantizeOptions
 from quantizer.html_report import command, render
+from quantizer.report_charts import linear_charts
 from quantizer.run import quantize
 
 
@@ -41,15 +42,39 @@ def test_every_number_is_the_jsons(make_checkpoint: Callable[..., Path], tmp_pat
     for layer in report["layers"]:
         assert set(_numbers(layer["linears"])) | set(_numbers(layer["scales"])) <= shown_values
     assert {repr(report["evaluation"][key]) for key in ("perplexity", "kl_mean", "bits_per_weight")} <= shown_values
-    plotted = re.findall(r"<title>layer (\d+): ([^<]+)</title>", page)
+    plotted = [float(value) for _, value in re.findall(r"<title>layer (\d+): ([^<]+)</title>", page)]
     means = [layer[key] for key in ("error_nearest", "error") for layer in report["layers"]]
-    assert [float(value) for _, value in plotted] == means
-    assert f"<title>{max(means)!r}</title>" in page, "the plot's scale"
+    assert plotted[: len(means)] == means, "the first chart"
+    linears = [linear for layer in report["layers"] for linear in layer["linears"]]
+    tables = (
+        (linears, ("error_nearest", "error", "clipped")),
+        ([s for x in report["layers"] for s in x["scales"]], ("exponent",)),
+    )
+    listed = [row[key] for rows, keys in tables for key in keys for row in rows]
+    assert sorted(plotted[len(means) :]) == sorted(listed), "every error, exponent and share, once"
     for layer in report["layers"]:
         errors = [linear["error"] for linear in layer["linears"]]
         assert layer["error"] == pytest.approx(sum(errors) / len(errors))
     assert page == render(report)
-    assert not re.search(r"<script|src=|href=|@import|url\(", page)
+    assert not re.search(r"<script|src=|href=|@import|url\(|<!--", page)
+
+
+def test_experts_are_charted_as_one_kind(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    quantize(
+        str(make_checkpoint("mixtral")),
+        out,
+        QuantizeOptions(group_size=32, samples=2, sequence_length=64),
+        progress=False,
+    )
+    layers = json.loads((out / "quantization_report.json").read_text())["layers"]
+    (chart,) = (svg for svg in linear_charts(layers) if "block_sparse_moe.experts.*.w2" in svg)
+    plotted = [float(value) for value in re.findall(r"<title>layer 1: ([^<]+)</title>", chart)]
+    experts = [linear for linear in layers[1]["linears"] if re.fullmatch(r".*experts\.\d+\.w2", linear["name"])]
+    assert len(experts) > 1
+    assert plotted == pytest.approx(
+        [sum(expert[key] for expert in experts) / len(experts) for key in ("error_nearest", "error")]
+    )
 
 
 def test_a_quantization_that_is_to_be_evaluated_has_it_in_its_report(
