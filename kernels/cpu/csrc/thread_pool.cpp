@@ -22,13 +22,18 @@ inline void relax() {
 template <class Ready>
 bool spin_until(Ready&& ready, int microseconds) {
   using Clock = std::chrono::steady_clock;
-  const auto start = Clock::now();
   const auto half = std::chrono::microseconds(microseconds / 2), whole = std::chrono::microseconds(microseconds);
-  for (;;) {
+  const auto ready_soon = [&] {
     for (int i = 0; i < 64; ++i) {
       if (ready()) return true;
       relax();
     }
+    return false;
+  };
+  if (ready_soon()) return true;  // most phases end so: the clock would cost more than they wait
+  const auto start = Clock::now();
+  for (;;) {
+    if (ready_soon()) return true;
     const auto elapsed = Clock::now() - start;
     if (elapsed > whole) return ready();
     if (elapsed > half) sched_yield();
