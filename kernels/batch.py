@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ class ForwardBatch:
     staged: dict[str, Tensor] | None = (
         None  # by name, where `fill` writes instead when the buffers are not in host memory
     )
+    _targets: dict[str, Any] | None = None
 
     @classmethod
     def allocate(
@@ -82,7 +84,9 @@ class ForwardBatch:
         self.generation += 1
         self.host_query_lens, self.host_seq_lens = list(query_lens), list(seq_lens)
         self.num_tokens, self.num_sequences, self.num_rows = len(input_ids), len(query_lens), len(logit_rows)
-        buffers = self.host_buffers()
+        if self._targets is None:
+            self._targets = _targets(self.host_buffers())
+        buffers = self._targets
         _write(buffers["input_ids"], input_ids)
         _write(buffers["positions"], positions)
         _write(buffers["slot_mapping"], slots)
@@ -132,6 +136,7 @@ class SamplingBatch:
     any_filter: bool = False  # some sampled row has top-k or top-p on
     any_typical: bool = False  # or typical_p
     staged: dict[str, Tensor] | None = None  # as in ForwardBatch
+    _targets: dict[str, Any] | None = None
 
     @classmethod
     def allocate(cls, max_rows: int, device: torch.device) -> SamplingBatch:
@@ -158,25 +163,29 @@ class SamplingBatch:
         index: Sequence[int],
         typical_p: Sequence[float] | None = None,
     ) -> None:
-        """Writes one step's rows into the buffers. typical_p None: off for all."""
+        """Writes one step's rows into the buffers; where all are greedy, that alone. typical_p None: off for all."""
         self.num_rows = len(temperature)
         self.all_greedy = not any(temperature)
         self.any_filter = not self.all_greedy and (any(top_k) or min(top_p) < 1.0)
         typical_p = [1.0] * self.num_rows if typical_p is None else typical_p
         self.any_typical = not self.all_greedy and min(typical_p) < 1.0
-        buffers = self.staged or {name: getattr(self, name) for name in SAMPLING_BUFFERS}
-        columns = (temperature, top_k, top_p, min_p, seed, index, typical_p)
-        for name, values in zip(SAMPLING_BUFFERS, columns, strict=True):
-            _write(buffers[name], values)
+        if self._targets is None:
+            self._targets = _targets(self.staged or {name: getattr(self, name) for name in SAMPLING_BUFFERS})
+        _write(self._targets["temperature"], temperature)
+        if self.all_greedy:
+            return
+        columns = (top_k, top_p, min_p, seed, index, typical_p)
+        for name, values in zip(SAMPLING_BUFFERS[1:], columns, strict=True):
+            _write(self._targets[name], values)
 
 
-def _write(buffer: Tensor, values: Sequence[int] | Sequence[float], row: int | None = None) -> None:
-    """Writes to the front of a buffer, or of its `row`. On the CPU through numpy, which takes a list in a microsecond: every
-    step makes a dozen of these."""
-    if not values:
-        return
-    if buffer.device.type == "cpu" and type(buffer) is Tensor:  # not a fake one
-        array = buffer.numpy()
-        (array if row is None else array[row])[: len(values)] = values
-    else:
-        (buffer if row is None else buffer[row])[: len(values)] = torch.tensor(values, dtype=buffer.dtype)
+def _targets(buffers: dict[str, Tensor]) -> dict[str, Any]:
+    """What `fill` writes to: numpy's view of a buffer in host memory, which takes a list in a microsecond (every step makes a dozen
+    of these writes); of a fake one, itself."""
+    return {name: buffer.numpy() if type(buffer) is Tensor else buffer for name, buffer in buffers.items()}
+
+
+def _write(target: Any, values: Sequence[int] | Sequence[float], row: int | None = None) -> None:
+    """Writes to the front of a target, or of its `row`."""
+    source = torch.tensor(values, dtype=target.dtype) if isinstance(target, Tensor) else values
+    (target if row is None else target[row])[: len(values)] = source

@@ -136,16 +136,16 @@ class Program:
     @property
     def seconds_by_kind(self) -> dict[str, float]: ...
 
-def sample(
-    pool: ThreadPool,
-    logits: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    typical_p: Tensor,
-    seed: Tensor,
-    index: Tensor,
-    token_ids: Tensor,
-    finite: Tensor,
-) -> None: ...
+class SamplingBuffers:
+    def __init__(
+        self,
+        temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        min_p: Tensor,
+        typical_p: Tensor,
+        seed: Tensor,
+        index: Tensor,
+    ) -> None: ...
+
+def sample(pool: ThreadPool, logits: Tensor, buffers: SamplingBuffers, token_ids: Tensor, finite: Tensor) -> None: ...

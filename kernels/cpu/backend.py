@@ -119,6 +119,7 @@ class CpuBackend(HostBackend):
         self.num_threads = options.num_threads or cores
         self._pool = _native.ThreadPool(self.num_threads)
         self._recording: _Recording | None = None
+        self._sampling: tuple[SamplingBatch, _native.SamplingBuffers] | None = None
         logger.info(
             "cpu back end: %s, %d threads (%s), %s activations",
             _native.current_isa(),
@@ -400,17 +401,20 @@ class CpuBackend(HostBackend):
         num_rows = logits.shape[0]
         token_ids = torch.empty(num_rows, dtype=torch.int32)
         finite = torch.empty(num_rows, dtype=torch.bool)
-        _native.sample(
-            self._pool,
-            logits,
-            sampling.temperature,
-            sampling.top_k,
-            sampling.top_p,
-            sampling.min_p,
-            sampling.typical_p,
-            sampling.seed,
-            sampling.index,
-            token_ids,
-            finite,
-        )
+        _native.sample(self._pool, logits, self._sampling_buffers(sampling), token_ids, finite)
         return SampledRows(token_ids, finite)
+
+    def _sampling_buffers(self, sampling: SamplingBatch) -> _native.SamplingBuffers:
+        """The batch's buffers as native code knows them; an engine has one batch for all its steps."""
+        if self._sampling is None or self._sampling[0] is not sampling:
+            buffers = _native.SamplingBuffers(
+                sampling.temperature,
+                sampling.top_k,
+                sampling.top_p,
+                sampling.min_p,
+                sampling.typical_p,
+                sampling.seed,
+                sampling.index,
+            )
+            self._sampling = sampling, buffers
+        return self._sampling[1]

@@ -457,32 +457,41 @@ void add_logits(Program& program, const std::vector<std::shared_ptr<PackedLinear
   add_op(program, std::move(op), rows);
 }
 
-void sample(ThreadPool& pool, const Array& logits, const Array& temperature, const Array& top_k, const Array& top_p,
-            const Array& min_p, const Array& typical_p, const Array& seed, const Array& index, const Array& token_ids,
-            const Array& finite) {
+// How each row is sampled, in buffers that are checked once: taking seven arrays anew in every step costs more than a greedy row.
+struct SamplingBuffers {
+  SamplingBuffers(const Array& temperature, const Array& top_k, const Array& top_p, const Array& min_p, const Array& typical_p,
+                  const Array& seed, const Array& index)
+      : max_rows(size_of(temperature, 0)), kept{temperature, top_k, top_p, min_p, typical_p, seed, index} {
+    parameters.temperature = floats("temperature", temperature, {max_rows});
+    parameters.top_k = integers("top_k", top_k, {max_rows});
+    parameters.top_p = floats("top_p", top_p, {max_rows});
+    parameters.min_p = floats("min_p", min_p, {max_rows});
+    parameters.typical_p = floats("typical_p", typical_p, {max_rows});
+    check_array("seed", seed, {max_rows});
+    check_dtype("seed", seed, {Dtype::kInt64});
+    check_array("index", index, {max_rows});
+    check_dtype("index", index, {Dtype::kInt64});
+    parameters.seed = data_of<int64_t>(seed);
+    parameters.index = data_of<int64_t>(index);
+  }
+
+  int64_t max_rows;
+  SamplingParameters parameters;
+  std::vector<Array> kept;  // what the parameters point into
+};
+
+void sample(ThreadPool& pool, const Array& logits, const SamplingBuffers& buffers, const Array& token_ids, const Array& finite) {
   const int64_t rows = size_of(logits, 0), vocab_size = size_of(logits, 1);
   const float* values = floats("logits", logits, {-1, -1});
   if (vocab_size < 1) value_error("logits: expected at least 1 column, found 0");
-  SamplingParameters parameters;
-  const auto at_least = [&](const char* name, const Array& array) -> const Array& {
-    check_array(name, array, {-1});
-    if (size_of(array, 0) < rows)
-      value_error(std::string(name) + ": expected at least " + std::to_string(rows) + " entries, found " + std::to_string(size_of(array, 0)));
-    return array;
-  };
-  parameters.temperature = floats("temperature", at_least("temperature", temperature), {-1});
-  parameters.top_k = integers("top_k", at_least("top_k", top_k), {-1});
-  parameters.top_p = floats("top_p", at_least("top_p", top_p), {-1});
-  parameters.min_p = floats("min_p", at_least("min_p", min_p), {-1});
-  parameters.typical_p = floats("typical_p", at_least("typical_p", typical_p), {-1});
-  check_dtype("seed", at_least("seed", seed), {Dtype::kInt64});
-  check_dtype("index", at_least("index", index), {Dtype::kInt64});
-  parameters.seed = data_of<int64_t>(seed);
-  parameters.index = data_of<int64_t>(index);
-  integers("token_ids", at_least("token_ids", token_ids), {-1});
-  check_dtype("finite", at_least("finite", finite), {Dtype::kBool});
+  if (rows > buffers.max_rows)
+    value_error("logits: expected at most " + std::to_string(buffers.max_rows) + " rows, found " + std::to_string(rows));
+  integers("token_ids", token_ids, {rows});
+  check_array("finite", finite, {rows});
+  check_dtype("finite", finite, {Dtype::kBool});
   nb::gil_scoped_release release;
-  sample_rows(pool, current_ops(), values, rows, vocab_size, parameters, data_of<int32_t>(token_ids), data_of<bool>(finite));
+  sample_rows(pool, current_ops(), values, rows, vocab_size, buffers.parameters, data_of<int32_t>(token_ids),
+              data_of<bool>(finite));
 }
 
 ActivationMode activation_mode(const std::string& name) {
@@ -666,6 +675,9 @@ NB_MODULE(_native, m) {
         return result;
       });
 
-  m.def("sample", &sample, nb::arg("pool"), nb::arg("logits"), nb::arg("temperature"), nb::arg("top_k"), nb::arg("top_p"),
-        nb::arg("min_p"), nb::arg("typical_p"), nb::arg("seed"), nb::arg("index"), nb::arg("token_ids"), nb::arg("finite"));
+  nb::class_<SamplingBuffers>(m, "SamplingBuffers")
+      .def(nb::init<const Array&, const Array&, const Array&, const Array&, const Array&, const Array&, const Array&>(),
+           nb::arg("temperature"), nb::arg("top_k"), nb::arg("top_p"), nb::arg("min_p"), nb::arg("typical_p"), nb::arg("seed"),
+           nb::arg("index"));
+  m.def("sample", &sample, nb::arg("pool"), nb::arg("logits"), nb::arg("buffers"), nb::arg("token_ids"), nb::arg("finite"));
 }
