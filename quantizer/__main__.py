@@ -133,6 +133,12 @@ def _add_method_arguments(parser: argparse.ArgumentParser, defaults: QuantizeOpt
         choices=ROUNDINGS,
         help="feedback lets later columns make up for the rounding error of earlier ones (default: %(default)s)",
     )
+    method.add_argument(
+        "--device",
+        default=defaults.device,
+        help="that computes: auto (CUDA where there is one), cpu, cuda or cuda:N. Integers may differ between devices "
+        "(default: %(default)s)",
+    )
 
 
 def _add_calibration_arguments(parser: argparse.ArgumentParser, defaults: QuantizeOptions) -> None:
@@ -174,6 +180,7 @@ def options_from_arguments(arguments: argparse.Namespace) -> QuantizeOptions:
         sequence_length=arguments.sequence_length,
         seed=arguments.seed,
         dtype=arguments.dtype,
+        device=arguments.device,
         modules_to_not_convert=tuple(arguments.modules_to_not_convert),
         max_shard_bytes=round(arguments.max_shard_size * 1e9),
     )

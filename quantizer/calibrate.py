@@ -16,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from quantizer.config import QuantizeError
+from quantizer.device import CPU
 from quantizer.documents import read_documents
 from quantizer.mappings import Architecture, ScaleGroup, attention_implementation
 from quantizer.mixtures import down_input, loaded_tensors
@@ -153,7 +154,7 @@ class _Captured(Exception):
 
 
 class _Collector:
-    """A forward pre-hook that sums x xT and |x| of one module's inputs."""
+    """A forward pre-hook that sums x xT and |x| of one module's inputs, and adds the inputs to `kept`, in host memory."""
 
     def __init__(self, last: bool = False, kept: list[Tensor] | None = None) -> None:
         self.last, self.kept = last, kept
@@ -167,13 +168,13 @@ class _Collector:
     def add(self, rows: Tensor) -> None:
         """rows: [tokens, K]."""
         if self.num_tokens == 0:
-            self.moment = torch.zeros(rows.shape[1], rows.shape[1])
-            self.absolute = torch.zeros(rows.shape[1])
+            self.moment = rows.new_zeros(rows.shape[1], rows.shape[1])
+            self.absolute = rows.new_zeros(rows.shape[1])
         self.moment.addmm_(rows.t(), rows)
         self.absolute += rows.abs().sum(0)
         self.num_tokens += rows.shape[0]
         if self.kept is not None:
-            self.kept.append(rows)
+            self.kept.append(rows.cpu())
 
     def result(self) -> InputStatistics:
         """Once, at the end: the sums become the means, in place."""
@@ -188,18 +189,21 @@ def _batches(hidden: Tensor) -> tuple[Tensor, ...]:
 class LayerRunner:
     """Runs hidden states through single decoder layers built from the config, in fp32.
 
-    Only the layer it is given is in memory; the model as a whole never exists.
+    Only the layer it is given is in memory; the model as a whole never exists. The layer and its statistics are on `device`;
+    hidden states are in host memory, of which BATCH_TOKENS tokens at a time go to the device.
     """
 
-    def __init__(self, config: PretrainedConfig, architecture: Architecture) -> None:
+    def __init__(self, config: PretrainedConfig, architecture: Architecture, device: torch.device = CPU) -> None:
         self.config = copy.deepcopy(config)
         self.config._attn_implementation = attention_implementation(config)
         self.config._experts_implementation = "eager"  # the experts of each token, in one order
         self.architecture = architecture
-        self._rotary = architecture.rotary_type(self.config)
+        self._rotary = architecture.rotary_type(self.config).to(device)
+        self._device = device
 
     def build(self, index: int, tensors: Mapping[str, Tensor]) -> nn.Module:
-        """A layer with these tensors (names relative to the layer), shared, not copied, but for experts, which are stacked."""
+        """A layer with these tensors (names relative to the layer), which lie on the device: shared, not copied, but for experts,
+        which are stacked."""
         with torch.device("meta"):
             layer = self.architecture.layer_type(self.config, index)
         layer.load_state_dict(loaded_tensors(self.architecture, tensors), assign=True, strict=True)
@@ -207,14 +211,14 @@ class LayerRunner:
 
     @torch.no_grad()
     def run(self, layer: nn.Module, index: int, hidden: Tensor) -> Tensor:
-        """hidden: fp32 [sequences, length, hidden size]; returns the layer's output, of the same shape."""
+        """hidden: fp32 [sequences, length, hidden size]; returns the layer's output, of the same shape. Both in host memory."""
         output = torch.empty_like(hidden)
         for chunk, place in zip(_batches(hidden), _batches(output), strict=True):
-            place.copy_(self._forward(layer, index, chunk))
+            place.copy_(self._forward(layer, index, chunk.to(self._device)))
         return output
 
     def _forward(self, layer: nn.Module, index: int, hidden: Tensor) -> Tensor:
-        positions = torch.arange(hidden.shape[1]).unsqueeze(0)
+        positions = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
         mask = self._mask(index)(
             config=self.config,
             inputs_embeds=hidden,
@@ -238,7 +242,8 @@ class LayerRunner:
         """Each scale group of the layer with these tensors, in order, and its input's statistics, from one pass.
 
         Every expert of a mixture is calibrated on all tokens, whichever the router would send it: one that this text seldom
-        reaches would otherwise be rounded for a few tokens. Their statistics are computed one by one, as they are asked for.
+        reaches would otherwise be rounded for a few tokens. Their statistics are computed one by one, as they are asked for; a GPU
+        is given all tokens anew for each, as its memory may not hold them.
         """
         layer, groups = self.build(index, tensors), self.architecture.layer_groups(self.config, index)
         mixture = self.architecture.mixture
@@ -258,7 +263,8 @@ class LayerRunner:
         for group in groups[len(seen) :]:
             collector = _Collector()
             for rows in kept:
-                collector.add(down_input(mixture, tensors, group.linears[0], rows, activation))
+                inputs = rows.to(self._device)
+                collector.add(down_input(mixture, tensors, group.linears[0], inputs, activation))
             yield group, collector.result()
 
     def _collect(
@@ -274,7 +280,7 @@ class LayerRunner:
             for chunk in _batches(hidden):
                 # The last module's output is nobody's input here, so it is not computed.
                 with contextlib.suppress(_Captured):
-                    self._forward(layer, index, chunk)
+                    self._forward(layer, index, chunk.to(self._device))
         finally:
             for handle in handles:
                 handle.remove()

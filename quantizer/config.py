@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -13,6 +14,7 @@ METHODS = ("awq", "rtn")
 FORMATS = ("awq", "compressed-tensors")
 ROUNDINGS = ("nearest", "feedback")
 DTYPES = ("auto", "float16", "bfloat16")
+_DEVICE_NAME = re.compile(r"auto|cpu|cuda(:[0-9]+)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +137,8 @@ class QuantizeOptions:
     sequence_length: int = 512
     seed: int = 0
     dtype: str = "auto"
+    device: str = "auto"
+    """What it is computed on: `auto`, `cpu`, `cuda` or `cuda:N`."""
     modules_to_not_convert: tuple[str, ...] = ()
     max_shard_bytes: int = 4_000_000_000
 
@@ -145,6 +149,7 @@ class QuantizeOptions:
         _one_of("effort", self.effort, tuple(EFFORTS))
         _one_of("rounding", self.rounding, ROUNDINGS)
         _one_of("dtype", self.dtype, DTYPES)
+        check_device_name(self.device)
         for field, minimum in (("samples", 1), ("sequence_length", 8), ("max_shard_bytes", 1)):
             value = getattr(self, field)
             if value is not None and value < minimum:
@@ -167,6 +172,12 @@ class QuantizeOptions:
         if self.method == "rtn":
             resolved = replace(resolved, scales=False, clip=False, rounding="nearest")
         return resolved
+
+
+def check_device_name(name: str) -> None:
+    """QuantizeError for what is no device, whether there is such a one or not."""
+    if not _DEVICE_NAME.fullmatch(name):
+        raise QuantizeError(f"device: {name!r} is not one of auto, cpu, cuda, cuda:N")
 
 
 def _one_of(field: str, value: object, allowed: tuple[object, ...]) -> None:

@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 
 from quantizer.calibrate import BATCH_TOKENS
 from quantizer.config import EFFORTS, QuantizeError, QuantizeOptions
+from quantizer.device import CPU, wait_for
 from quantizer.mappings import Architecture
 from quantizer.pipeline import MAX_ROUNDED_ROWS
 from quantizer.refinement import MAX_REFINED_WEIGHTS
@@ -23,23 +24,32 @@ from quantizer.work_folder import reusable_bytes
 
 PROCESS_BYTES = 850_000_000
 """Python, torch and transformers, before any tensor."""
+COLUMN_OPERATIONS = 12
+"""Of rounding with feedback on a column, and of a sweep of refinement."""
 EFFICIENCY = 0.5
 """What the work reaches of the rate of one large matmul, as measured on a model of 135 million parameters."""
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Bytes and seconds; memory is `fixed` and what every calibration sequence adds."""
+    """Bytes and seconds; memory, the host's, is `fixed` and what every calibration sequence adds."""
 
     fixed_bytes: int
     bytes_per_sample: int
     num_samples: int
     disk_bytes: int
     seconds: float
+    device_bytes: int = 0
+    """Of a GPU's memory, where one computes."""
 
     @property
     def memory_bytes(self) -> int:
         return self.fixed_bytes + self.num_samples * self.bytes_per_sample
+
+    def to_dict(self) -> dict[str, float]:
+        """What the report says."""
+        memory = {"memory_bytes": self.memory_bytes, "device_bytes": self.device_bytes}
+        return {"seconds": round(self.seconds, 1), **memory}
 
 
 def estimate(
@@ -49,8 +59,13 @@ def estimate(
     model: PretrainedConfig,
     num_samples: int,
     operations_per_second: float,
+    launch_seconds: float = 0.0,
+    on_host: bool = True,
 ) -> Estimate:
-    """shapes: of every tensor of the dense model. All layers are taken to be like the first of the largest."""
+    """shapes: of every tensor of the dense model. All layers are taken to be like the first of the largest.
+
+    launch_seconds: of an operation that does next to nothing, on a GPU. on_host: computed in the host's memory, not in a GPU's.
+    """
     num_layers = model.num_hidden_layers
     layers = [_groups(architecture, shapes, model, index) for index in range(num_layers)]
     groups = max(layers, key=lambda groups: sum(rows * columns for rows, columns in groups))
@@ -67,17 +82,21 @@ def estimate(
     # Original and folded layer, and what one group of linears takes. At the end the dequantized layer beside the two.
     widest = max(_rounding_bytes(options, min(rows, MAX_ROUNDED_ROWS), columns) for rows, columns in groups)
     rounding = 4 * (2 * layer + moments) + widest
-    fixed = PROCESS_BYTES + max(capture, rounding, 12 * layer, 8 * max(others))
+    computing = max(capture, rounding, 12 * layer)
+    # Beside a GPU the host holds a tensor outside of the layers, or a finished layer of which all may have been left in 16 bits.
+    held = max(8 * max(others), computing if on_host else 4 * layer)
     packed = num_layers * layer * (4 + 20 / options.group_size if options.group_size > 0 else 4) / 8 + 2 * sum(others)
     operations = num_layers * _layer_operations(options, groups, layer, tokens)
+    launches = num_layers * _layer_launches(options, groups)
     return Estimate(
-        fixed_bytes=int(fixed),
+        fixed_bytes=PROCESS_BYTES + held,
         # Read by one layer, written by it, and a byte of each of its values tested; what a mixture's experts read.
         bytes_per_sample=(13 if is_mixture else 9) * options.sequence_length * hidden_size,
         num_samples=num_samples,
         # Finished parts, and the checkpoint made of them; the hidden states that enter the next layer, twice while replaced.
         disk_bytes=int(2 * packed + 8 * tokens * hidden_size),
-        seconds=operations / (EFFICIENCY * operations_per_second),
+        seconds=operations / (EFFICIENCY * operations_per_second) + launches * launch_seconds,
+        device_bytes=0 if on_host else computing,
     )
 
 
@@ -118,22 +137,57 @@ def _layer_operations(options: QuantizeOptions, groups: list[tuple[int, int]], l
     return float(total)
 
 
-def measured_rate(size: int = 1024) -> float:
+def _layer_launches(options: QuantizeOptions, groups: list[tuple[int, int]]) -> int:
+    """Operations in one layer that are small however large the layer is: the ones on a single column."""
+    effort = EFFORTS[options.effort]
+    per_column = COLUMN_OPERATIONS * (1 + effort.sweeps) if options.rounding == "feedback" else 0
+    return per_column * sum(columns for _, columns in groups)
+
+
+def measured_rate(device: torch.device = CPU) -> float:
     """Additions and multiplications per second of an fp32 matmul, the best of a few."""
-    matrix = torch.ones(size, size)
+    size = 1024 if device.type == "cpu" else 2048
+    matrix = torch.ones(size, size, device=device)
+    return 2 * size**3 / _fastest(lambda: matrix @ matrix, device)
+
+
+def measured_launch(device: torch.device) -> float:
+    """Seconds of an operation on a few values on a GPU, one of many; 0 on the CPU, where EFFICIENCY has it."""
+    if device.type == "cpu":
+        return 0.0
+    values, repetitions = torch.zeros(8, device=device), 200
+
+    def run() -> None:
+        for _ in range(repetitions):
+            values.add_(1.0)
+
+    return _fastest(run, device) / repetitions
+
+
+def _fastest(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds until the device has done it, the best of a few."""
     fastest = math.inf
     for _ in range(4):
+        wait_for(device)
         started = time.perf_counter()
-        matrix @ matrix
+        work()
+        wait_for(device)
         fastest = min(fastest, time.perf_counter() - started)
-    return 2 * size**3 / fastest
+    return fastest
 
 
-def check_fits(needed: Estimate, available_bytes: int, free_disk_bytes: int, folder: Path) -> None:
-    """QuantizeError if memory or disk will not do; it says what would."""
+def check_fits(
+    needed: Estimate, available_bytes: int, free_disk_bytes: int, folder: Path, device_bytes: int | None = None
+) -> None:
+    """QuantizeError if memory or disk will not do; it says what would. device_bytes: free in the memory of a GPU that computes."""
     if needed.disk_bytes > free_disk_bytes:
         raise QuantizeError(
             f"{folder}: needs about {_gigabytes(needed.disk_bytes)} of disk, {_gigabytes(free_disk_bytes)} are free"
+        )
+    if device_bytes is not None and needed.device_bytes > device_bytes:
+        raise QuantizeError(
+            f"needs about {_gigabytes(needed.device_bytes)} of the GPU's memory, {_gigabytes(device_bytes)} are free; "
+            f"--device cpu computes in the host's; --no-memory-check tries all the same"
         )
     if needed.memory_bytes <= available_bytes:
         return
@@ -176,8 +230,9 @@ def available_memory() -> int:
 def describe(needed: Estimate) -> str:
     minutes = needed.seconds / 60
     duration = f"{minutes:.0f} min" if minutes >= 2 else f"{needed.seconds:.0f} s"
+    on_device = f"{_gigabytes(needed.device_bytes)} of the GPU's, " if needed.device_bytes else ""
     return (
-        f"about {_gigabytes(needed.memory_bytes)} of memory, {_gigabytes(needed.disk_bytes)} of disk and {duration} "
+        f"about {_gigabytes(needed.memory_bytes)} of memory, {on_device}{_gigabytes(needed.disk_bytes)} of disk and {duration} "
         f"for {needed.num_samples} calibration sequences"
     )
 

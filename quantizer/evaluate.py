@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from quantizer.calibrate import builtin_documents, pack_tokens
 from quantizer.config import QuantConfig, QuantizeError
+from quantizer.device import CPU, find_device, full_precision
 from quantizer.documents import read_documents
 from quantizer.export import REPORT_FILE, write_report
 from quantizer.layouts import parse_quantization, quantized_modules, read_packed
@@ -55,41 +56,44 @@ class DequantizedSource:
         return read_packed(module, kinds, self._source.load, self._layout, self._group_size).dequantize()
 
 
-def load_model(source: Source | DequantizedSource, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The transformers model with these weights, all in `dtype`, in evaluation mode."""
+def load_model(
+    source: Source | DequantizedSource, dtype: torch.dtype = torch.float32, device: torch.device = CPU
+) -> PreTrainedModel:
+    """The transformers model with these weights, all in `dtype`, on `device`, in evaluation mode."""
     config = source.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config._attn_implementation = attention_implementation(config)
-    tensors = {name: source.load(name).to(dtype) for name in expected_shapes(config)}
+    tensors = {name: source.load(name).to(device).to(dtype) for name in expected_shapes(config)}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     # Rotary and scale buffers are not in the checkpoint; on the meta device they would have no values.
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)
     tensors = loaded_tensors(find_architecture(config), tensors)
     embedding = model.model.embed_tokens
     if hasattr(embedding, "embed_scale"):
-        embedding.embed_scale = torch.tensor(embedding.scalar_embed_scale)
+        embedding.embed_scale = torch.tensor(embedding.scalar_embed_scale, device=device)
     model.load_state_dict(tensors, assign=True, strict=not config.tie_word_embeddings)
     model.tie_weights()
     return model.eval().requires_grad_(False)
 
 
-def load_checkpoint(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load_checkpoint(folder: Path, dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> PreTrainedModel:
     """A checkpoint of a format written here (or a dense one) in transformers, its weights dequantized."""
     source = SafetensorsSource(folder)
     quantization = source.config_json.get("quantization_config")
     if quantization is None:
-        return load_model(source, dtype)
-    return load_model(DequantizedSource(source, *parse_quantization(quantization)), dtype)
+        return load_model(source, dtype, device)
+    return load_model(DequantizedSource(source, *parse_quantization(quantization)), dtype, device)
 
 
 @torch.no_grad()
+@full_precision()
 def evaluate(model: PreTrainedModel, rows: Tensor, reference: PreTrainedModel | None = None) -> Evaluation:
     """rows: int64 [sequences, length]; each row is scored by itself, its first token being given, not predicted."""
     nll = reference_nll = 0.0
     divergences, agreements, num_tokens = [], 0, 0
-    for chunk in _chunks(rows):
+    for chunk in (chunk.to(model.device) for chunk in _chunks(rows)):
         targets = chunk[:, 1:]
         log_probs = _log_probs(model, chunk)
         nll += _negative_log_likelihood(log_probs, targets)
@@ -172,6 +176,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--max-tokens", type=int, default=32768, help="score at most these; 0 is all (default: %(default)s)"
     )
     parser.add_argument(
+        "--device",
+        default="cpu",
+        help="that computes: auto (CUDA where there is one), cpu, cuda or cuda:N. Both models have to fit its memory "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
         "--report", action="store_true", help="put the result into CHECKPOINT's quantization_report too"
     )
     hub = parser.add_argument_group("Hugging Face hub, for --reference")
@@ -187,12 +197,14 @@ def main(argv: Sequence[str]) -> int:
         raise QuantizeError(f"sequence_length: {arguments.sequence_length} is below the minimum of 2")
     if not arguments.checkpoint.is_dir():
         raise QuantizeError(f"{arguments.checkpoint}: no such folder")
+    device = find_device(arguments.device)
     checkpoint = SafetensorsSource(arguments.checkpoint)
     rows = evaluation_rows(checkpoint, arguments.text, arguments.sequence_length, arguments.max_tokens)
     reference = None
     if arguments.reference:
-        reference = load_model(open_source(arguments.reference, arguments.revision, arguments.offline))
-    evaluation = evaluate(load_checkpoint(arguments.checkpoint), rows, reference)
+        source = open_source(arguments.reference, arguments.revision, arguments.offline)
+        reference = load_model(source, device=device)
+    evaluation = evaluate(load_checkpoint(arguments.checkpoint, device=device), rows, reference)
     result = {**asdict(evaluation), **asdict(size_on_disk(arguments.checkpoint))}
     if arguments.report:
         add_to_report(arguments.checkpoint, {"text": arguments.text, **result})

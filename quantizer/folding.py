@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from quantizer.device import CPU
 from quantizer.mappings import Fold, ScaleGroup, head_size
 
 
-def shared_channels(config: PretrainedConfig, group: ScaleGroup) -> Tensor | None:
+def shared_channels(config: PretrainedConfig, group: ScaleGroup, device: torch.device = CPU) -> Tensor | None:
     """For each input channel of the group, the index of the scale it must use; None where each has its own.
 
     Under grouped-query attention channel d of query head h reads row d of KV head h // (heads per KV head).
@@ -19,8 +20,8 @@ def shared_channels(config: PretrainedConfig, group: ScaleGroup) -> Tensor | Non
     num_heads = config.num_attention_heads
     size = head_size(config)
     heads_per_kv = num_heads // config.num_key_value_heads
-    kv_heads = torch.arange(num_heads) // heads_per_kv
-    return (kv_heads[:, None] * size + torch.arange(size)).reshape(-1)
+    kv_heads = torch.arange(num_heads, device=device) // heads_per_kv
+    return (kv_heads[:, None] * size + torch.arange(size, device=device)).reshape(-1)
 
 
 def fold(
@@ -36,15 +37,15 @@ def fold(
     rounded value, so that storing it costs nothing. Returns the scales used, [K], all 1 where nothing folds, and what each
     output row of `group.previous` was divided by (empty where that is no linear).
     """
-    name, rows = f"{group.previous}.weight", torch.empty(0)
+    name, rows = f"{group.previous}.weight", scales.new_empty(0)
     if group.fold is Fold.NONE:
         return torch.ones_like(scales), rows
     if group.fold in (Fold.NORM, Fold.UNIT_NORM):
         offset = 1.0 if group.fold is Fold.UNIT_NORM else 0.0
         tensors[name], scales = _fold_norm(tensors[name], offset, scales, dtype)
     else:
-        shared = shared_channels(config, group)
-        rows = torch.ones(tensors[name].shape[0])
+        shared = shared_channels(config, group, scales.device)
+        rows = scales.new_ones(len(tensors[name]))
         rows[group.rows.of(config, rows.shape[0])] = scales if shared is None else _per_row(scales, shared)
         tensors[name] = tensors[name] / rows[:, None]
         bias = f"{group.previous}.bias"
@@ -66,6 +67,6 @@ def _fold_norm(weight: Tensor, offset: float, scales: Tensor, dtype: torch.dtype
 
 def _per_row(scales: Tensor, shared: Tensor) -> Tensor:
     """One value per row of the previous linear, from scales that agree wherever `shared` does."""
-    rows = torch.empty(int(shared.max()) + 1)
+    rows = scales.new_empty(int(shared.max()) + 1)
     rows[shared] = scales
     return rows

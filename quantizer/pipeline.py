@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 from kernels.format import AwqWeight, pack_int4
 from quantizer.calibrate import InputStatistics, LayerRunner
 from quantizer.config import EFFORTS, QuantConfig, QuantizeError, QuantizeOptions
+from quantizer.device import CPU
 from quantizer.folding import fold, shared_channels
 from quantizer.layouts import packed_tensors
 from quantizer.mappings import Architecture, Fold, ScaleGroup
@@ -87,13 +88,17 @@ class LayerResult:
 
 @dataclass(slots=True)
 class LayerQuantizer:
-    """Quantizes decoder layers in order, each on the hidden states the quantized layers before it give."""
+    """Quantizes decoder layers in order, each on the hidden states the quantized layers before it give.
+
+    A layer's weights, its statistics and all that is made of them are on `device`; hidden states and results are in host memory.
+    """
 
     source: Source
     architecture: Architecture
     options: QuantizeOptions
     shapes: dict[str, tuple[int, ...]]
     dtype: torch.dtype
+    device: torch.device = CPU
 
     def __post_init__(self) -> None:
         self.options = self.options.resolved()
@@ -110,7 +115,7 @@ class LayerQuantizer:
 
     def layers(self, hidden: Tensor, first: int = 0) -> Iterator[LayerResult]:
         """hidden: what enters layer `first`. Yields a result per layer as it is done."""
-        runner = LayerRunner(self.source.config, self.architecture)
+        runner = LayerRunner(self.source.config, self.architecture, self.device)
         num_layers = self.source.config.num_hidden_layers
         for index in range(first, num_layers):
             started = time.monotonic()
@@ -128,7 +133,7 @@ class LayerQuantizer:
     def _load_layer(self, index: int) -> dict[str, Tensor]:
         prefix = self.architecture.layer_prefix(index)
         return {
-            name.removeprefix(prefix): load_checked(self.source, name, shape).float()
+            name.removeprefix(prefix): load_checked(self.source, name, shape).to(self.device).float()
             for name, shape in self.shapes.items()
             if name.startswith(prefix)
         }
@@ -172,6 +177,7 @@ class LayerQuantizer:
             report.linears.append(linear_report)
             if self._clipped_rows(linear, weight.out_features).any() and linear_report.clipped == 0:
                 report.skipped.append(f"clip of {linear}")
+        written = {name: tensor.cpu() for name, tensor in written.items()}
         return LayerResult(written, report), {name: tensor.float() for name, tensor in dense.items()}
 
     def _finish(
@@ -203,7 +209,8 @@ class LayerQuantizer:
         channels = inputs.mean_abs.shape[0]
         if not weights or not self._scales(index, group) or group.fold is Fold.NONE:
             return None
-        shared, effort = shared_channels(self.source.config, group), EFFORTS[self.options.effort]
+        shared = shared_channels(self.source.config, group, self.device)
+        effort = EFFORTS[self.options.effort]
         # The rows that the search will look at, before the weights of all experts are copied side by side.
         step, first, looked_at = -(-sum(len(weight) for weight in weights) // effort.search_rows), 0, []
         for weight in weights:
@@ -254,7 +261,7 @@ class LayerQuantizer:
 
     def _clipped_rows(self, linear: str, num_rows: int) -> Tensor:
         """bool [num_rows]: which rows' ranges may shrink."""
-        rows = torch.full((num_rows,), self.options.clip)
+        rows = torch.full((num_rows,), self.options.clip, device=self.device)
         unclipped = self.architecture.unclipped.get(linear)
         if unclipped is not None:
             rows[unclipped.of(self.source.config, num_rows)] = False

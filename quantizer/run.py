@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import kernels.format
 import kernels.packed_formats
-from quantizer import estimate, export, html_report, sources
+from quantizer import device, estimate, export, html_report, sources
 from quantizer.calibrate import calibration_tokens
 from quantizer.config import QuantizeError, QuantizeOptions
 from quantizer.files import files_digest, num_bytes, read_entries, tensor_digest
@@ -38,6 +38,7 @@ class Job:
     shapes: dict[str, tuple[int, ...]]
     dtype: torch.dtype
     tokens: Tensor
+    device: torch.device
 
     @property
     def num_layers(self) -> int:
@@ -60,7 +61,9 @@ class Job:
             self.shapes,
             self.source.config,
             self.tokens.shape[0],
-            estimate.measured_rate(),
+            estimate.measured_rate(self.device),
+            estimate.measured_launch(self.device),
+            on_host=self.device == device.CPU,
         )
 
     def fingerprint(self) -> dict[str, Any]:
@@ -70,13 +73,15 @@ class Job:
             "options": self.options.to_dict(),
             "calibration": {"sha256": tensor_digest(self.tokens)},
             "dtype": str(self.dtype).removeprefix("torch."),
-            "versions": versions(),
+            "versions": {**versions(), "device": device.describe(self.device)},
         }
 
 
 def prepare(source: Source, options: QuantizeOptions) -> Job:
     """Checks everything that can be checked before the first layer, and draws the calibration tokens."""
-    options, architecture = options.resolved(), find_architecture(source.config)
+    chosen = device.find_device(options.device)
+    # Which of several equal devices it was does not matter to who goes on.
+    options, architecture = replace(options.resolved(), device=chosen.type), find_architecture(source.config)
     if routers := architecture.routers(source.config):
         options = replace(options, modules_to_not_convert=(*options.modules_to_not_convert, *routers))
     assert options.samples is not None
@@ -95,9 +100,10 @@ def prepare(source: Source, options: QuantizeOptions) -> Job:
         raise QuantizeError(
             f"{source.description}: the tokenizer gives token {largest}, but the model has {vocabulary}; is it another model's?"
         )
-    return Job(source, architecture, options, shapes, dtype, tokens)
+    return Job(source, architecture, options, shapes, dtype, tokens, chosen)
 
 
+@device.full_precision()
 def quantize(
     source_name: str,
     out: Path,
@@ -120,7 +126,8 @@ def quantize(
     job = prepare(sources.open_source(source_name, revision, offline), options)
     needed = job.estimate()
     if memory_check:
-        estimate.check_fits(needed, estimate.available_memory(), estimate.free_disk_bytes(out), out.absolute().parent)
+        available, free_disk = estimate.available_memory(), estimate.free_disk_bytes(out)
+        estimate.check_fits(needed, available, free_disk, out.absolute().parent, device.free_memory(job.device))
     if progress:
         print(f"will take {estimate.describe(needed)}", file=sys.stderr)
     fingerprint = job.fingerprint()
@@ -141,8 +148,9 @@ def quantize(
             "architecture": job.architecture.name,
             "calibration_tokens": job.tokens.numel(),
             "seconds": round(time.monotonic() - started + seconds_before, 1),
-            "estimate": {"seconds": round(needed.seconds, 1), "memory_bytes": needed.memory_bytes},
+            "estimate": needed.to_dict(),
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_device_memory_bytes": device.peak_memory(job.device),
             "bytes": sum(num_bytes(*entry) for path in work.parts() for entry in read_entries(path).values()),
             "layers": work.reports(),
         }
@@ -156,7 +164,7 @@ def _quantize_layers(job: Job, work: WorkFolder, progress: bool) -> None:
     first = work.num_layers
     if first == job.num_layers:
         return
-    quantizer = LayerQuantizer(job.source, job.architecture, job.options, job.shapes, job.dtype)
+    quantizer = LayerQuantizer(job.source, job.architecture, job.options, job.shapes, job.dtype, job.device)
     hidden = work.hidden(first) if first else quantizer.embed(job.tokens)
     with tqdm(total=job.num_layers, initial=first, desc="quantizing", unit="layer", disable=not progress) as bar:
         for result in quantizer.layers(hidden, first):

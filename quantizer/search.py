@@ -81,7 +81,7 @@ def search_scales(
 
     energy = output_error(weight, moment)
     error_identity = output_error(nearest_values(weight, group_size).sub_(weight), moment)
-    best = ScaleChoice(torch.ones(weight.shape[1]), "identity", 0.0, error_identity, error_identity, energy)
+    best = ScaleChoice(torch.ones_like(statistics.mean_abs), "identity", 0.0, error_identity, error_identity, energy)
     for formula in ("activation", "weighted"):
         choices = [candidate(formula, exponent) for exponent in exponents]
         top = min(choices, key=lambda choice: choice.error)
@@ -100,9 +100,9 @@ def _relative_magnitude(weight: Tensor, group_size: int) -> Tensor:
 def _share(values: Tensor, shared: Tensor | None) -> Tensor:
     """Averages channels that must share a scale; keeps everything positive so that any power is finite."""
     if shared is not None:
-        size = int(shared.max()) + 1
-        sums = torch.zeros(size).index_add_(0, shared, values)
-        values = (sums / torch.bincount(shared, minlength=size))[shared]
+        # As many channels to each scale. Sums by index would come in any order on a GPU.
+        channels = shared.argsort(stable=True).reshape(int(shared.max()) + 1, -1)
+        values = values[channels].mean(1)[shared]
     return values.clamp(min=1e-5)
 
 
@@ -120,9 +120,10 @@ class RangeChooser:
     """
 
     def __init__(self, rows: Tensor | None, effort: Effort = EFFORTS["default"]) -> None:
-        self._rows = torch.empty(0, dtype=torch.int64) if rows is None else rows.nonzero().squeeze(1)
+        rows = torch.empty(0, dtype=torch.bool) if rows is None else rows
+        self._rows = rows.nonzero().squeeze(1)
         self._factors = [1 - (1 - MIN_SHRINK) * (i + 1) / effort.shrink_steps for i in range(effort.shrink_steps)]
-        self.num_clipped = torch.zeros(0 if rows is None else len(rows), dtype=torch.int64)
+        self.num_clipped = torch.zeros_like(rows, dtype=torch.int64)
 
     def __call__(self, weights: Tensor, second_moment: Tensor) -> tuple[Tensor, Tensor]:
         low, high = weights.amin(-1, keepdim=True), weights.amax(-1, keepdim=True)
@@ -141,7 +142,7 @@ def _best_range(
     """Scale and zero point [N, 1] with the smallest error, and whether they are a shrunken range's, bool [N]."""
     best_scale, best_zero = range_parameters(low, high)
     best_error = torch.full_like(low, torch.inf)
-    shrunk = torch.zeros(low.shape, dtype=torch.bool)
+    shrunk = torch.zeros_like(low, dtype=torch.bool)
     for factor in (1.0, *factors):
         scale, zero = range_parameters(low * factor, high * factor)
         delta = to_integers(weights, scale, zero).sub_(zero).mul_(scale).sub_(weights)
