@@ -232,6 +232,7 @@ def _evaluation_arguments(parsed: argparse.Namespace) -> list[str]:
     """Of `awq-quantize evaluate`, for what was just written."""
     arguments = [str(parsed.out), "--reference", parsed.source, "--text", parsed.evaluate, "--report"]
     arguments += ["--revision", parsed.revision] if parsed.revision else []
+    arguments += ["--device", parsed.device] if parsed.device != "auto" else []
     return [*arguments, "--offline"] if parsed.offline else arguments
 
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from kernels.format import AwqWeight, pack_int4
 from quantizer.calibrate import InputStatistics, LayerRunner
@@ -19,6 +17,7 @@ from quantizer.folding import fold, shared_channels
 from quantizer.layouts import packed_tensors
 from quantizer.mappings import Architecture, Fold, ScaleGroup
 from quantizer.refinement import refine
+from quantizer.reports import LayerReport, LinearReport, ScaleReport
 from quantizer.rounding import Rounded, nearest_values, round_feedback, round_nearest
 from quantizer.search import RangeChooser, ScaleChoice, output_error, search_scales
 from quantizer.sources import Source, load_checked
@@ -26,54 +25,6 @@ from quantizer.sources import Source, load_checked
 MAX_ROUNDED_ROWS = 1 << 16
 """Of linears that are rounded at once: more than any dense layer's share an input, fewer than the experts of a large mixture."""
 _ROUNDINGS = {"nearest": round_nearest, "feedback": round_feedback}
-
-
-@dataclass(frozen=True, slots=True)
-class ScaleReport:
-    """What the search chose for one group of linears; errors are relative, tr(dW H dWT) / tr(W H WT), both over the rows
-    searched."""
-
-    previous: str
-    linears: tuple[str, ...]
-    formula: str
-    exponent: float
-    error_identity: float
-    error: float
-
-
-@dataclass(frozen=True, slots=True)
-class LinearReport:
-    """Relative output error tr(dW H dWT) / tr(W H WT) of one linear, by plain rounding and as written.
-
-    clipped: the share of its (row, group) pairs whose range was shrunk.
-    """
-
-    name: str
-    error_nearest: float
-    error: float
-    clipped: float
-
-
-@dataclass(slots=True)
-class LayerReport:
-    layer: int
-    scales: list[ScaleReport] = field(default_factory=list)
-    linears: list[LinearReport] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
-    """What was tried and did not help, so was not done."""
-    seconds: float = 0.0
-
-    @property
-    def error_nearest(self) -> float:
-        return sum(linear.error_nearest for linear in self.linears) / max(1, len(self.linears))
-
-    @property
-    def error(self) -> float:
-        return sum(linear.error for linear in self.linears) / max(1, len(self.linears))
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values; the means over the linears too."""
-        return {**asdict(self), "error_nearest": self.error_nearest, "error": self.error}
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,45 +276,6 @@ def cast_checked(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
             f"(at most {torch.finfo(dtype).max:g}); use --dtype bfloat16"
         )
     return cast
-
-
-def check_names(architecture: Architecture, options: QuantizeOptions, model: PretrainedConfig) -> None:
-    """QuantizeError naming a module asked to be left out or unscaled that is none of this model's linears."""
-    linears = [
-        f"{architecture.layer_prefix(index)}{linear}"
-        for index in range(model.num_hidden_layers)
-        for linear in architecture.layer_linears(model, index)
-    ]
-    linears += [*architecture.routers(model), "lm_head"]
-    for option in ("modules_to_not_convert", "unscaled_modules"):
-        for wanted in getattr(options, option):
-            if not any(wanted in linear for linear in linears):
-                first = [name.removeprefix(architecture.layer_prefix(0)) for name in linears][:7]
-                raise QuantizeError(
-                    f"{option}: {wanted!r} is part of no linear's name; there are {', '.join(first)}, ..."
-                )
-
-
-def check_divisible(
-    architecture: Architecture, options: QuantizeOptions, shapes: dict[str, tuple[int, ...]], model: PretrainedConfig
-) -> None:
-    """QuantizeError naming the first linear that the group size or the word of 8 columns does not divide."""
-    config = options.quant_config
-    for index in range(model.num_hidden_layers):
-        for linear in architecture.layer_linears(model, index):
-            name = f"{architecture.layer_prefix(index)}{linear}"
-            rows, columns = shapes[f"{name}.weight"]
-            if not config.converts(name):
-                continue
-            way_out = f"or leave it unquantized with --modules-to-not-convert {linear.split('.')[-1]}"
-            if rows % 8:
-                raise QuantizeError(f"{name}: {rows} output features are not a multiple of 8; {way_out[3:]}")
-            if options.group_size != -1 and columns % options.group_size:
-                fitting = ", ".join(str(size) for size in (32, 64, 128) if columns % size == 0) or "only -1"
-                raise QuantizeError(
-                    f"{name}: {columns} input features are not a multiple of group size {options.group_size}; "
-                    f"use --group-size ({fitting} fits) {way_out}"
-                )
 
 
 def _scale_report(group: ScaleGroup, choice: ScaleChoice) -> ScaleReport:

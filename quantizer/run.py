@@ -19,11 +19,12 @@ import kernels.format
 import kernels.packed_formats
 from quantizer import device, estimate, export, html_report, sources
 from quantizer.calibrate import calibration_tokens
+from quantizer.checks import check_divisible, check_names
 from quantizer.config import QuantizeError, QuantizeOptions
 from quantizer.files import files_digest, num_bytes, read_entries, tensor_digest
 from quantizer.layouts import quantization_json
 from quantizer.mappings import Architecture, find_architecture
-from quantizer.pipeline import LayerQuantizer, cast_checked, check_divisible, check_names
+from quantizer.pipeline import LayerQuantizer, cast_checked
 from quantizer.sources import Source
 from quantizer.work_folder import WorkFolder, is_begun
 
