@@ -7,21 +7,26 @@ back ends that can tell, the share of each kind of op, and of Python around the 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 
 import torch
 
+from kernels.backend import Backend, SampledRows
+from kernels.batch import SamplingBatch
 from server.config import EngineConfig
 from server.engine.engine import Engine, build_engine
 from server.types import AbortReason, GenerateRequest, SamplingParams
 
+SAMPLING_SHARE = "sampling"
+"""Choosing tokens from the logits, the call from Python included."""
 PYTHON_SHARE = "python and dispatch"
-"""The part of a step outside the recorded program: scheduling, filling buffers, sampling, events."""
+"""The part of a step outside both: scheduling, filling buffers, events."""
 TORCH_SHARE = "of that, torch ops"
 """What is spent in torch's own ops, by torch's profiler, whose cost per op counts as the op's: an upper bound."""
 
@@ -78,7 +83,9 @@ def measure_decode(
     seconds.clear()
     program = engine.runner.program
     if profile and hasattr(program, "profile"):
-        by_kind = program.profile(run)
+        with timed_sampling(engine.runner.backend) as sampling:
+            by_kind = program.profile(run)
+        by_kind[SAMPLING_SHARE] = sum(sampling)
         total = sum(seconds)
         shares = {kind: value / total for kind, value in sorted(by_kind.items(), key=lambda item: -item[1])}
         shares[PYTHON_SHARE] = 1 - sum(shares.values())
@@ -90,6 +97,24 @@ def measure_decode(
     engine.step()
     median = statistics.median(seconds)
     return DecodeResult(batch_size, batch_size / median, median * 1e3, shares)
+
+
+@contextlib.contextmanager
+def timed_sampling(backend: Backend) -> Iterator[list[float]]:
+    """The seconds of each call of the back end's sampler meanwhile."""
+    sample, seconds = backend.sample, list[float]()
+
+    def timed(logits: torch.Tensor, sampling: SamplingBatch) -> SampledRows:
+        started = time.perf_counter()
+        result = sample(logits, sampling)
+        seconds.append(time.perf_counter() - started)
+        return result
+
+    setattr(backend, "sample", timed)  # noqa: B010  (mypy knows methods as unassignable)
+    try:
+        yield seconds
+    finally:
+        delattr(backend, "sample")
 
 
 def torch_share(run: Callable[[], None]) -> float:

@@ -42,7 +42,8 @@ class BlockManager:
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
         # Dicts keep insertion order and delete in O(1): queues from which any block can be taken.
-        self._free: dict[int, None] = dict.fromkeys(range(num_blocks))
+        # The block freed last is taken first: it has memory behind it already, which a pool gets as it is written.
+        self._free: dict[int, None] = dict.fromkeys(reversed(range(num_blocks)))
         self._cached: dict[int, None] = {}
         self._references = [0] * num_blocks
         self._num_used = 0
@@ -155,8 +156,7 @@ class BlockManager:
 
     def _take(self) -> int:
         if self._free:
-            block = next(iter(self._free))
-            del self._free[block]
+            block, _ = self._free.popitem()
         else:
             block = next(iter(self._cached))
             del self._cached[block]

@@ -93,12 +93,14 @@ namespace {
   "vpbroadcastd " high "(%[a]), %[y]\n"                                        \
   AWQ_NIBBLES_OF(OP, weights "(%[w])", "A") AWQ_NIBBLES_OF(OP, weights "(%[u])", "B")
 
-// One row's block of both panels. Of every two cache lines one is prefetched, into L2: more prefetches cost more here than they bring.
+// One row's block of both panels. Every line of both is prefetched: with one of two, which costs less where the weights are in cache, the
+// processor's own prefetcher loses its stride, and Zen 3 reads weights at 73% of the memory's rate instead of 93%.
+#define AWQ_PREFETCH_PAIR(ahead) "prefetcht0 " ahead "(%[w])\n prefetcht0 " ahead "(%[u])\n"
 AWQ_INLINE void nibbles_pair(const uint8_t* w, const uint8_t* u, const uint8_t* a, __m256i mask, __m256i (&s)[2][1][2]) {
   __m256i w0, w1, v0, v1, x, y;
-  asm volatile("prefetcht1 4096(%[w])\n prefetcht1 4096(%[u])\n"
+  asm volatile(AWQ_PREFETCH_PAIR("2048") AWQ_PREFETCH_PAIR("2112")
                AWQ_NIBBLES_PAIR(AWQ_LOW_FIRST, "0", "0", "16") AWQ_NIBBLES_PAIR(AWQ_LOW_NEXT, "64", "32", "48")
-               "prefetcht1 4224(%[w])\n prefetcht1 4224(%[u])\n"
+               AWQ_PREFETCH_PAIR("2176") AWQ_PREFETCH_PAIR("2240")
                AWQ_NIBBLES_PAIR(AWQ_LOW_NEXT, "128", "64", "80") AWQ_NIBBLES_PAIR(AWQ_LOW_NEXT, "192", "96", "112")
                : [A0] "=&x"(s[0][0][0]), [A1] "=&x"(s[0][0][1]), [B0] "=&x"(s[1][0][0]), [B1] "=&x"(s[1][0][1]), [w0] "=&x"(w0), [w1] "=&x"(w1),
                  [v0] "=&x"(v0), [v1] "=&x"(v1), [x] "=&x"(x), [y] "=&x"(y)
