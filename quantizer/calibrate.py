@@ -25,6 +25,9 @@ from quantizer.prose import PROSE
 BATCH_TOKENS = 4096
 """Tokens run through a layer at once: enough to keep the matmuls busy, little enough to bound memory."""
 
+MOMENT_BLOCK = 512
+"""Rows of a second moment that are computed at once: of all blocks but what lies above the diagonal."""
+
 _DOCSTRING_MODULES = (
     "argparse asyncio collections configparser csv datetime decimal difflib doctest email enum fractions functools "
     "heapq html http imaplib ipaddress json logging mailbox multiprocessing optparse os pathlib pickle random re "
@@ -170,7 +173,8 @@ class _Collector:
         if self.num_tokens == 0:
             self.moment = rows.new_zeros(rows.shape[1], rows.shape[1])
             self.absolute = rows.new_zeros(rows.shape[1])
-        self.moment.addmm_(rows.t(), rows)
+        for block in _blocks(rows.shape[1]):  # its lower half: it is symmetric
+            self.moment[block, : block.stop].addmm_(rows[:, block].t(), rows[:, : block.stop])
         self.absolute += rows.abs().sum(0)
         self.num_tokens += rows.shape[0]
         if self.kept is not None:
@@ -178,7 +182,16 @@ class _Collector:
 
     def result(self) -> InputStatistics:
         """Once, at the end: the sums become the means, in place."""
+        for block in _blocks(len(self.moment)):
+            self.moment[: block.start, block] = self.moment[block, : block.start].t()
         return InputStatistics(self.moment.div_(self.num_tokens), self.absolute.div_(self.num_tokens), self.num_tokens)
+
+
+def _blocks(channels: int) -> Iterator[slice]:
+    """Two or more runs of up to MOMENT_BLOCK channels."""
+    size = -(-channels // max(2, -(-channels // MOMENT_BLOCK)))
+    for start in range(0, channels, size):
+        yield slice(start, min(start + size, channels))
 
 
 def _batches(hidden: Tensor) -> tuple[Tensor, ...]:

@@ -24,7 +24,7 @@ from quantizer.work_folder import reusable_bytes
 
 PROCESS_BYTES = 850_000_000
 """Python, torch and transformers, before any tensor."""
-COLUMN_OPERATIONS = 12
+COLUMN_OPERATIONS = 10
 """Of rounding with feedback on a column, and of a sweep of refinement."""
 EFFICIENCY = 0.5
 """What the work reaches of the rate of one large matmul, as measured on a model of 135 million parameters."""

@@ -51,16 +51,16 @@ def range_parameters(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     return scale, (-low / scale).round_().clamp_(0, MAX_INTEGER)
 
 
-def to_integers(values: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """Nearest integers 0..15 (held in fp32) of values under broadcastable parameters."""
-    return (values / scale).round_().add_(zero).clamp_(0, MAX_INTEGER)
+def to_levels(values: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """Nearest levels of values under broadcastable parameters: integers 0..15 less their zero point, held in fp32."""
+    return (values / scale).round_().clamp_(-zero, MAX_INTEGER - zero)
 
 
 def nearest_values(weight: Tensor, group_size: int) -> Tensor:
     """The weight after plain round-to-nearest, dequantized. The inner loop of the scale search."""
     groups = weight.reshape(weight.shape[0], -1, group_size)
     scale, zero = range_parameters(groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True))
-    return to_integers(groups, scale, zero).sub_(zero).mul_(scale).reshape(weight.shape)
+    return to_levels(groups, scale, zero).mul_(scale).reshape(weight.shape)
 
 
 ParameterChooser = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -73,7 +73,7 @@ def round_nearest(weight: Tensor, second_moment: Tensor, group_size: int, choose
     for start in range(0, weight.shape[1], group_size):
         columns = slice(start, start + group_size)
         scale, zero = choose(weight[:, columns], second_moment[columns, columns])
-        integers.append(to_integers(weight[:, columns], scale, zero).to(torch.uint8))
+        integers.append(to_levels(weight[:, columns], scale, zero).add_(zero).to(torch.uint8))
         scales.append(scale)
         zeros.append(zero)
     return _rounded(torch.cat(integers, 1), scales, zeros)
@@ -86,8 +86,8 @@ def round_feedback(weight: Tensor, second_moment: Tensor, group_size: int, choos
     subtracting e / U[j, j] * U[j, j+1:] from the columns after it. A group's parameters are chosen when its first column
     is reached, from its weights as updated by then. Columns keep their order, so groups stay consecutive inputs.
 
-    A column takes about a dozen operations on N values each. No value of theirs is read here, so that a GPU never waits for this
-    loop; but its time there is that of a dozen launches, whatever the N: linears that share an input are rounded together.
+    A column takes about eight operations on N values each. No value of theirs is read here, so that a GPU never waits for this
+    loop; but its time there is that of eight launches, whatever the N: linears that share an input are rounded together.
     """
     factor = _inverse_factor(second_moment)
     remaining = weight.t().contiguous()  # [K, N]: a column's weights lie together
@@ -103,18 +103,25 @@ def round_feedback(weight: Tensor, second_moment: Tensor, group_size: int, choos
             zeros.append(zero)
             row_scale, row_zero = scale.squeeze(1).contiguous(), zero.squeeze(1).contiguous()
         stop = min(start + block, num_columns, (start // group_size + 1) * group_size)
-        errors = torch.empty_like(remaining[start:stop])
-        for column in range(start, stop):
-            values = remaining[column]
-            levels = to_integers(values, row_scale, row_zero)
-            integers[column] = levels.to(torch.uint8)
-            error = (values - levels.sub_(row_zero).mul_(row_scale)).div_(factor[column, column])
-            errors[column - start] = error
-            if column + 1 < stop:
-                remaining[column + 1 : stop].addr_(factor[column, column + 1 : stop], error, alpha=-1)
+        levels, errors = _round_block(remaining[start:stop], factor[start:stop, start:stop], row_scale, row_zero)
+        integers[start:stop] = levels.add_(row_zero)
         if stop < num_columns:
             remaining[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
     return _rounded(integers.t().contiguous(), scales, zeros)
+
+
+def _round_block(values: Tensor, factor: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns of one group, [B, N] and in place what is left of them: their levels, and the errors that later ones are to make up
+    for, each over the factor's diagonal. The loop runs once a column, so it makes no tensor that it can do without."""
+    levels, errors = torch.empty_like(values), torch.empty_like(values)
+    lowest, highest, diagonal = -zero, MAX_INTEGER - zero, -factor.diagonal()
+    for column in range(len(values)):
+        level, error = levels[column], errors[column]
+        torch.div(values[column], scale, out=level).round_().clamp_(lowest, highest)
+        torch.mul(level, scale, out=error).sub_(values[column]).div_(diagonal[column])
+        if column + 1 < len(values):
+            values[column + 1 :].addr_(factor[column, column + 1 :], error, alpha=-1)
+    return levels, errors
 
 
 def damping_of(second_moment: Tensor, damping: float = DAMPING) -> Tensor:

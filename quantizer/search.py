@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quantizer.calibrate import InputStatistics
 from quantizer.config import EFFORTS, Effort
-from quantizer.rounding import nearest_values, range_parameters, to_integers
+from quantizer.rounding import nearest_values, range_parameters, to_levels
 
 MIN_SHRINK = 0.5
 """The smallest candidate for a clipped range, as a part of the full one, which is always a candidate too."""
@@ -145,7 +145,7 @@ def _best_range(
     shrunk = torch.zeros_like(low, dtype=torch.bool)
     for factor in (1.0, *factors):
         scale, zero = range_parameters(low * factor, high * factor)
-        delta = to_integers(weights, scale, zero).sub_(zero).mul_(scale).sub_(weights)
+        delta = to_levels(weights, scale, zero).mul_(scale).sub_(weights)
         error = output_errors(delta, second_moment).unsqueeze(1)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
