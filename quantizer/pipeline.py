@@ -18,13 +18,12 @@ from quantizer.layouts import packed_tensors
 from quantizer.mappings import Architecture, Fold, ScaleGroup
 from quantizer.refinement import refine
 from quantizer.reports import LayerReport, LinearReport, ScaleReport
-from quantizer.rounding import Rounded, nearest_values, round_feedback, round_nearest
+from quantizer.rounding import Rounded, damping_for, nearest_values, round_feedback, round_nearest
 from quantizer.search import RangeChooser, ScaleChoice, output_error, search_scales
 from quantizer.sources import Source, load_checked
 
 MAX_ROUNDED_ROWS = 1 << 16
 """Of linears that are rounded at once: more than any dense layer's share an input, fewer than the experts of a large mixture."""
-_ROUNDINGS = {"nearest": round_nearest, "feedback": round_feedback}
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,9 +194,13 @@ class LayerQuantizer:
         )
         choose = RangeChooser(clip, effort=EFFORTS[self.options.effort])
         size = self._group_size(weights[0].shape[1])
-        rounded = _ROUNDINGS[self.options.rounding](torch.cat(weights), inputs.second_moment, size, choose)
-        if self.options.rounding == "feedback" and (sweeps := EFFORTS[self.options.effort].sweeps):
-            rounded = refine(torch.cat(weights), inputs.second_moment, rounded, sweeps)
+        moment, damping = inputs.second_moment, damping_for(inputs.num_tokens)
+        if self.options.rounding == "nearest":
+            rounded = round_nearest(torch.cat(weights), moment, size, choose)
+        else:
+            rounded = round_feedback(torch.cat(weights), moment, size, choose, damping)
+            if sweeps := EFFORTS[self.options.effort].sweeps:
+                rounded = refine(torch.cat(weights), moment, rounded, sweeps, damping)
         shares = choose.num_clipped.double() / rounded.scales.shape[1]
         packed, start = {}, 0
         for name, weight in zip(names, weights, strict=True):

@@ -11,13 +11,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantizer.rounding import FEEDBACK_BLOCK, MAX_INTEGER, Rounded, damping_of
+from quantizer.rounding import DAMPING, FEEDBACK_BLOCK, MAX_INTEGER, Rounded, damping_of
 
 MAX_REFINED_WEIGHTS = 1 << 25
 """Of a linear's rows that are refined at once: no row's result depends on another, and each weight takes 16 bytes meanwhile."""
 
 
-def refine(weight: Tensor, second_moment: Tensor, rounded: Rounded, sweeps: int) -> Rounded:
+def refine(weight: Tensor, second_moment: Tensor, rounded: Rounded, sweeps: int, damping: float = DAMPING) -> Rounded:
     """weight: fp32 [N, K], what was rounded; second_moment: [K, K] of its inputs. A sweep visits every scale and integer.
 
     The second moment is damped in place while this runs (a copy of a wide linear's is the largest thing there is) and given back
@@ -25,7 +25,7 @@ def refine(weight: Tensor, second_moment: Tensor, rounded: Rounded, sweeps: int)
     """
     diagonal = second_moment.diagonal()
     undamped = diagonal.clone()
-    diagonal.add_(damping_of(second_moment))
+    diagonal.add_(damping_of(second_moment, damping))
     integers, scales = torch.empty_like(rounded.integers), torch.empty_like(rounded.scales)
     step = max(1, MAX_REFINED_WEIGHTS // weight.shape[1])
     for start in range(0, len(weight), step):

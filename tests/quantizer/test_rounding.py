@@ -8,7 +8,7 @@ import torch
 from kernels.format import pack_int4
 from quantizer import rounding
 from quantizer.pipeline import pack
-from quantizer.rounding import nearest_values, range_parameters, round_feedback, round_nearest
+from quantizer.rounding import damping_for, nearest_values, range_parameters, round_feedback, round_nearest
 from quantizer.search import RangeChooser, output_error
 
 
@@ -130,3 +130,14 @@ def test_scales_too_large_for_fp16_are_refused_by_name() -> None:
     rounded = round_nearest(torch.full((8, 32), 2e6), torch.eye(32), 32, RangeChooser(None))
     with pytest.raises(ValueError, match=r"model\.x"):
         pack("model.x", rounded, 32)
+
+
+def test_few_tokens_are_damped_more() -> None:
+    assert [damping_for(tokens) for tokens in (1 << 20, 36_000, 7_200, 100)] == [0.01, 0.01, 0.05, 0.1]
+    weight, moment = _problem()
+    results = [round_feedback(weight, moment, 32, RangeChooser(None), damping) for damping in (0.01, 1e5)]
+    nearest = round_nearest(weight, moment, 32, RangeChooser(None))
+    assert not torch.equal(results[0].integers, nearest.integers)
+    assert torch.equal(results[1].integers, nearest.integers), (
+        "nothing is made up for where no column is known to go with another"
+    )
