@@ -18,8 +18,7 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; 
 table { border-collapse: collapse; margin: 1em 0; font-size: 13px; }
 th, td { padding: .2em .7em; border-bottom: 1px solid #ddd; text-align: left; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; }
-pre { background: #f4f4f4; padding: .8em; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; }
+pre { background: #f4f4f4; padding: .8em; white-space: pre-wrap; overflow-wrap: anywhere; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(20em, 1fr)); }
 details { margin: 1em 0; } summary { cursor: pointer; }
 """

@@ -14,6 +14,7 @@ from pygal.style import Style
 Series = Mapping[str, Sequence[float | None]]
 """Values by label, one per layer; None where a layer has none."""
 
+_ERRORS = (("error_nearest", "nearest rounding"), ("error", "as written"))
 _COLOURS = ("#c60", "#06c", "#393", "#a3a", "#777", "#b22", "#0aa")
 
 
@@ -21,9 +22,6 @@ def error_chart(layers: Sequence[Mapping[str, Any]]) -> str:
     """Mean relative error of a layer's linears, by nearest rounding and as written."""
     means = {label: [layer[key] for layer in layers] for key, label in _ERRORS}
     return _line("errors", "all linears of a layer", means, wide=True)
-
-
-_ERRORS = (("error_nearest", "nearest rounding"), ("error", "as written"))
 
 
 def linear_charts(layers: Sequence[Mapping[str, Any]]) -> list[str]:

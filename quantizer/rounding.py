@@ -18,8 +18,9 @@ MAX_INTEGER = 15
 MIN_SCALE = 2.0**-24
 """The smallest positive fp16: a group whose scale would round to zero gets this one."""
 DAMPING = 0.01
-"""Added to the second moment's diagonal, as a part of its mean, before it is inverted; `damping_for` few tokens it is more."""
+"""Added to the second moment's diagonal, as a part of its mean, before it is inverted: at least this, and more on few tokens."""
 DAMPING_TOKENS = 360
+"""The damping times the tokens it is for, up to MAX_CHOSEN_DAMPING."""
 MAX_CHOSEN_DAMPING = 0.1
 MAX_DAMPING = 1e6
 """Past this only undefined values can keep the moment from being positive definite."""
