@@ -34,7 +34,7 @@ class Effort:
 
 
 EFFORTS = {
-    "fast": Effort(samples=14, search_rows=256, exponent_steps=4, shrink_steps=5),
+    "fast": Effort(samples=8, search_rows=256, exponent_steps=4, shrink_steps=5),
     "default": Effort(samples=28, search_rows=512, exponent_steps=8, shrink_steps=10),
     "high": Effort(samples=64, search_rows=1024, exponent_steps=16, shrink_steps=20, sweeps=8),
 }

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from quantizer.calibrate import builtin_documents, pack_tokens
+from quantizer.calibration_text import builtin_documents, pack_tokens
 from quantizer.config import QuantConfig, QuantizeError
 from quantizer.device import CPU, find_device, full_precision
 from quantizer.documents import read_documents

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,10 @@ class GgufSource:
         return torch.from_numpy(values.copy())
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self._tokenizer
+
+    @functools.cached_property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:  # whose tokens take transformers seconds to read
         tokenizer = self._transformers(AutoTokenizer)
         field = self._reader.get_field("tokenizer.ggml.pre")
         if field is not None and field.contents() in _SPLIT_DIGITS:

@@ -67,19 +67,21 @@ def nearest_values(weight: Tensor, group_size: int) -> Tensor:
 
 
 ParameterChooser = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(group's weights [N, G], second moment of its inputs [G, G]) -> scale [N, 1], zero point [N, 1]."""
+"""(group's weights [G, N], second moment of its inputs [G, G]) -> scale [N], zero point [N]."""
 
 
 def round_nearest(weight: Tensor, second_moment: Tensor, group_size: int, choose: ParameterChooser) -> Rounded:
     """Each weight to the nearest level of its group."""
-    integers, scales, zeros = [], [], []
-    for start in range(0, weight.shape[1], group_size):
-        columns = slice(start, start + group_size)
-        scale, zero = choose(weight[:, columns], second_moment[columns, columns])
-        integers.append(to_levels(weight[:, columns], scale, zero).add_(zero).to(torch.uint8))
+    columns = weight.t().contiguous()  # [K, N]
+    integers = torch.empty_like(columns, dtype=torch.uint8)
+    scales, zeros = [], []
+    for start in range(0, len(columns), group_size):
+        group = slice(start, start + group_size)
+        scale, zero = choose(columns[group], second_moment[group, group])
+        integers[group] = to_levels(columns[group], scale, zero).add_(zero)
         scales.append(scale)
         zeros.append(zero)
-    return _rounded(torch.cat(integers, 1), scales, zeros)
+    return _rounded(integers, scales, zeros)
 
 
 def damping_for(num_tokens: int) -> float:
@@ -111,17 +113,16 @@ def round_feedback(
     block = min(FEEDBACK_BLOCK, group_size)
     for start in range(0, num_columns, block):
         if start % group_size == 0:
-            columns = slice(start, start + group_size)
-            scale, zero = choose(remaining[columns].t(), second_moment[columns, columns])
+            group = slice(start, start + group_size)
+            scale, zero = choose(remaining[group], second_moment[group, group])
             scales.append(scale)
             zeros.append(zero)
-            row_scale, row_zero = scale.squeeze(1).contiguous(), zero.squeeze(1).contiguous()
         stop = min(start + block, num_columns, (start // group_size + 1) * group_size)
-        levels, errors = _round_block(remaining[start:stop], factor[start:stop, start:stop], row_scale, row_zero)
-        integers[start:stop] = levels.add_(row_zero)
+        levels, errors = _round_block(remaining[start:stop], factor[start:stop, start:stop], scale, zero)
+        integers[start:stop] = levels.add_(zero)
         if stop < num_columns:
             remaining[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
-    return _rounded(integers.t().contiguous(), scales, zeros)
+    return _rounded(integers, scales, zeros)
 
 
 def _round_block(values: Tensor, factor: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
@@ -191,4 +192,5 @@ def _reverse(values: Tensor) -> None:
 
 
 def _rounded(integers: Tensor, scales: list[Tensor], zeros: list[Tensor]) -> Rounded:
-    return Rounded(integers, torch.cat(zeros, 1).to(torch.uint8), torch.cat(scales, 1).half())
+    """integers: [K, N]; scales and zeros of each group: [N]."""
+    return Rounded(integers.t().contiguous(), torch.stack(zeros, 1).to(torch.uint8), torch.stack(scales, 1).half())

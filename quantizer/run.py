@@ -18,7 +18,7 @@ from tqdm import tqdm
 import kernels.format
 import kernels.packed_formats
 from quantizer import device, estimate, export, html_report, sources
-from quantizer.calibrate import calibration_tokens
+from quantizer.calibration_text import calibration_tokens
 from quantizer.checks import check_divisible, check_names
 from quantizer.config import QuantizeError, QuantizeOptions
 from quantizer.files import files_digest, num_bytes, read_entries, tensor_digest

@@ -47,8 +47,8 @@ def output_error(delta: Tensor, second_moment: Tensor) -> float:
 
 
 def output_errors(delta: Tensor, second_moment: Tensor) -> Tensor:
-    """The same per row, [N]."""
-    return ((delta @ second_moment) * delta).sum(-1)
+    """The same per row, [N]. delta: [K, N], rows lying across."""
+    return (second_moment @ delta).mul_(delta).sum(0)
 
 
 def search_scales(
@@ -126,11 +126,12 @@ class RangeChooser:
         self.num_clipped = torch.zeros_like(rows, dtype=torch.int64)
 
     def __call__(self, weights: Tensor, second_moment: Tensor) -> tuple[Tensor, Tensor]:
-        low, high = weights.amin(-1, keepdim=True), weights.amax(-1, keepdim=True)
+        """weights: a group's, [G, N], so that what a row has one of lies along the other axis."""
+        low, high = weights.amin(0), weights.amax(0)
         scale, zero = range_parameters(low, high)
         rows = self._rows
         if len(rows):
-            weights, low, high = weights[rows].contiguous(), low[rows], high[rows]
+            weights, low, high = weights[:, rows], low[rows], high[rows]
             scale[rows], zero[rows], shrunk = _best_range(weights, low, high, second_moment, self._factors)
             self.num_clipped[rows] += shrunk
         return scale, zero
@@ -139,17 +140,17 @@ class RangeChooser:
 def _best_range(
     weights: Tensor, low: Tensor, high: Tensor, second_moment: Tensor, factors: Sequence[float]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Scale and zero point [N, 1] with the smallest error, and whether they are a shrunken range's, bool [N]."""
+    """weights: [G, N]. Scale and zero point [N] with the smallest error, and whether they are a shrunken range's, bool [N]."""
     best_scale, best_zero = range_parameters(low, high)
     best_error = torch.full_like(low, torch.inf)
     shrunk = torch.zeros_like(low, dtype=torch.bool)
     for factor in (1.0, *factors):
         scale, zero = range_parameters(low * factor, high * factor)
         delta = to_levels(weights, scale, zero).mul_(scale).sub_(weights)
-        error = output_errors(delta, second_moment).unsqueeze(1)
+        error = output_errors(delta, second_moment)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
         if factor < 1:
             shrunk |= better
-    return best_scale, best_zero, shrunk.squeeze(1)
+    return best_scale, best_zero, shrunk

@@ -19,7 +19,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from quantizer.calibrate import builtin_documents
+from quantizer.calibration_text import builtin_documents
 from quantizer.config import QuantizeOptions
 from quantizer.evaluate import evaluate, evaluation_rows, load_checkpoint
 from quantizer.run import quantize

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from quantizer.calibrate import builtin_documents
+from quantizer.calibration_text import builtin_documents
 from tests.tiny_models import make_tiny_model
 
 SPECIAL_TOKENS = ["<pad>", "<s>", "</s>"]

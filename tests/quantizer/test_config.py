@@ -55,4 +55,4 @@ def test_rtn_is_nearest_rounding_alone() -> None:
     resolved = QuantizeOptions(method="rtn").resolved()
     assert (resolved.scales, resolved.clip, resolved.rounding) == (False, False, "nearest")
     assert QuantizeOptions(samples=28).resolved() == QuantizeOptions(samples=28)
-    assert [QuantizeOptions(effort=name).resolved().samples for name in EFFORTS] == [14, 28, 64]
+    assert [QuantizeOptions(effort=name).resolved().samples for name in EFFORTS] == [8, 28, 64]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from quantizer import calibrate, estimate, prose, run
+from quantizer import calibrate, estimate, run
 from quantizer.__main__ import main
 from quantizer.calibrate import LayerRunner
 from quantizer.config import EFFORTS, QuantizeError, QuantizeOptions
@@ -27,7 +27,9 @@ from quantizer.work_folder import work_folder_path
 from tests.quantizer.pretended_device import DEVICE, NAME, PretendedDevice, PretendedTensor, pretended_device
 from tests.tiny_models import TINY_MODELS
 
-OPTIONS = QuantizeOptions(group_size=32, samples=3, sequence_length=64, calibration=prose.__file__)
+OPTIONS = QuantizeOptions(
+    group_size=32, samples=3, sequence_length=64, calibration=str(Path(calibrate.__file__).with_name("prose.txt"))
+)
 METHODS: dict[str, dict[str, Any]] = {
     "default": {},
     "high": {"effort": "high"},
