@@ -38,8 +38,8 @@ def builtin_documents(held_out: bool = False) -> list[str]:
     return [text for index, text in enumerate(technical) if (index % 8 == 7) == held_out]
 
 
-def general_documents() -> list[str]:
-    """The general part of the builtin text, prose.txt: each piece plain and in the form of WikiText.
+def general_documents() -> tuple[list[str], list[str]]:
+    """The general part of the builtin text, prose.txt: its pieces plain, and the same in the form of WikiText.
 
     Written for this package, with people, places, dates, numbers, dialogue, instructions and questions, of which Python's help has
     none; all names and events are invented. Two blank lines separate pieces, one separates paragraphs; a line between equals signs
@@ -49,7 +49,7 @@ def general_documents() -> list[str]:
     pieces = [[" ".join(part.split()) for part in piece.split("\n\n")] for piece in prose.split("\n\n\n")]
     rare = _rare_words(prose)
     plain = ["\n\n".join(part.strip("= ") for part in parts) for parts in pieces]
-    return plain + ["".join(f" {_set_apart(part, rare)} \n" for part in parts) for parts in pieces]
+    return plain, ["".join(f" {_set_apart(part, rare)} \n" for part in parts) for parts in pieces]
 
 
 _SOURCE_MODULES = "html.parser ftplib plistlib email.message http.client xml.dom.minidom"
@@ -124,14 +124,16 @@ def calibration_tokens(
 ) -> Tensor:
     """int64 [samples, length]: rows drawn without replacement; fewer where the text is shorter, and then all of it.
 
-    The builtin rows are four sevenths general pieces (or as many as there are), a seventh code, an eighth tokens drawn at random
-    from the whole vocabulary, and prose of Python's documentation for the rest. No text of this size shows most tokens even once,
-    and the first layers' inputs are little else than the tokens' embeddings: what random rows add is the moment of those unseen.
+    The builtin rows are four sevenths general pieces (or as many as there are), half of them plain, a seventh code, an eighth
+    tokens drawn at random from the whole vocabulary, and prose of Python's documentation for the rest. No text of this size shows
+    most tokens even once, and the first layers' inputs are little else than the tokens' embeddings: what random rows add is the
+    moment of those unseen.
     """
     generator = torch.Generator().manual_seed(seed)
     if calibration != "builtin":
         return _draw(pack_tokens(tokenizer, read_documents(calibration, tokenizer), length), samples, generator)
-    general = _draw(pack_tokens(tokenizer, general_documents(), length), -(-samples * 4 // 7), generator)
+    plain, apart = (pack_tokens(tokenizer, documents, length) for documents in general_documents())
+    general = torch.cat([_draw(plain, -(-samples * 2 // 7), generator), _draw(apart, samples * 2 // 7, generator)])
     code = _draw(pack_tokens(tokenizer, code_documents(), length), samples // 7, generator)
     # A tokenizer may know more tokens than the model has embeddings for, or fewer.
     vocabulary = sorted(set(range(min(vocab_size, len(tokenizer)))) - set(tokenizer.all_special_ids))

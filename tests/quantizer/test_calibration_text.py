@@ -23,8 +23,7 @@ def test_builtin_text_is_prose_and_its_held_out_part_is_apart() -> None:
 
 
 def test_general_text_comes_plain_and_in_the_form_of_wikitext() -> None:
-    documents = general_documents()
-    plain, apart = documents[: len(documents) // 2], documents[len(documents) // 2 :]
+    plain, apart = general_documents()
     assert len(plain) == len(apart) > 50
     [at] = [index for index, text in enumerate(plain) if text.startswith("SMS Falkenstein\n\n")]
     assert "She was 127.8 metres long, displaced 10,690 tonnes" in plain[at] and "Three-shaft engines" in plain[at]
