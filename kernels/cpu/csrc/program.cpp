@@ -202,11 +202,20 @@ void QuantizeOp::run(RunContext& context) {
   });
 }
 
+namespace {
+constexpr int64_t kClaimMacs = 1000000;  // of a linear: about ten microseconds
+}  // namespace
+
 void run_parts(RunContext& context, const std::vector<LinearPart>& parts, int64_t num_rows, float* y, int64_t ldy) {
   if (num_rows == 0) return;
-  int64_t num_panels = 0;
-  for (const auto& part : parts) num_panels += part.weight->num_panels;
-  context.pool.parallel_for(num_panels, context.pool.even_chunk(num_panels), [&](int64_t begin, int64_t end, int) {
+  int64_t num_panels = 0, macs = 0;
+  for (const auto& part : parts) {
+    num_panels += part.weight->num_panels;
+    macs += part.weight->num_panels * kPanelColumns * part.weight->in_features * num_rows;
+  }
+  // Threads are not equally fast, and wait for the last claim: long phases are cut finer.
+  const int64_t claims = std::clamp<int64_t>(macs / kClaimMacs / context.pool.num_threads(), 4, 16);
+  context.pool.parallel_for(num_panels, context.pool.even_chunk(num_panels, claims), [&](int64_t begin, int64_t end, int) {
     int64_t first = 0;  // of the part's panels, counted over all parts
     for (const auto& part : parts) {
       const int64_t panel_begin = std::max(begin - first, int64_t{0}), panel_end = std::min(end - first, part.weight->num_panels);
