@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,18 @@ _SPLIT_DIGITS = ("smollm",)
 """`tokenizer.ggml.pre` values that isolate every digit before the byte-level split, which transformers leaves out."""
 
 
+class _Reader(gguf.GGUFReader):
+    """The package's reader over a plain array: slicing a `numpy.memmap`, as it does per token, takes three times as long."""
+
+    @property
+    def data(self) -> np.ndarray:
+        return self._data
+
+    @data.setter
+    def data(self, mapped: np.ndarray) -> None:
+        self._data = mapped.view(np.ndarray)
+
+
 class GgufSource:
     """One .gguf file of an architecture the quantizer knows. Tensors come dequantized to fp32, one at a time."""
 
@@ -35,7 +49,7 @@ class GgufSource:
         self.path = path
         self.description = str(path)
         try:
-            self._reader = gguf.GGUFReader(path)
+            self._reader = _Reader(path)
         except (ValueError, OSError) as error:
             raise QuantizeError(f"{path}: not a readable GGUF file: {error}") from error
         self._gguf_architecture = str(self._field("general.architecture"))
@@ -70,9 +84,20 @@ class GgufSource:
 
     def _transformers(self, factory: Any) -> Any:
         try:
-            return factory.from_pretrained(self.path.parent, gguf_file=self.path.name, local_files_only=True)
+            with self._shared_reader():
+                return factory.from_pretrained(self.path.parent, gguf_file=self.path.name, local_files_only=True)
         except (ValueError, NotImplementedError, KeyError) as error:
             raise QuantizeError(f"{self.path}: architecture {self._gguf_architecture}: {error}") from error
+
+    @contextlib.contextmanager
+    def _shared_reader(self) -> Iterator[None]:
+        """Transformers opens and parses the file at each call, for seconds: meanwhile it gets what is open already."""
+        reader = gguf.GGUFReader
+        setattr(gguf, "GGUFReader", lambda _path: self._reader)  # noqa: B010  (mypy knows classes as unassignable)
+        try:
+            yield
+        finally:
+            setattr(gguf, "GGUFReader", reader)  # noqa: B010
 
     def _map_tensors(self) -> dict[str, gguf.ReaderTensor]:
         """Transformers' names for the file's tensors, by the gguf package's own table."""
