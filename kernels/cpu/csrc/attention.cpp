@@ -81,6 +81,7 @@ const AttentionPlan& RunContext::attention_plan(const AttentionKey& key) {
 }
 
 void AttentionOp::run(RunContext& context) {
+  context.lines_read_ahead = 0;
   const int group = num_heads / kv.num_kv_heads, head_dim = kv.head_dim;
   const int64_t width = static_cast<int64_t>(num_heads) * head_dim;
   const AttentionPlan& plan = context.attention_plan({kv.num_kv_heads, group, head_dim, window});

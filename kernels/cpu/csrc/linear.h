@@ -134,10 +134,33 @@ PackedLinear pack_int4(const std::vector<DensePart>& parts, int64_t k, FloatType
 // The weight back as fp32 [N, K] (tests, `.dense()` of a head).
 void unpack_weight(const PackedLinear& weight, float* out);
 
+// What attention will read after a linear: pool blocks of keys, then of values, `block_lines` cache lines each. A linear of several row
+// tiles waits for memory during the first of a panel alone, so the others fetch these meanwhile: with 8 to 16 sequences that takes a
+// third off attention's time and costs the linears a twentieth. A hint: it decides no result.
+struct ReadAhead {
+  const char* keys = nullptr;
+  const char* values = nullptr;
+  const int32_t* blocks = nullptr;
+  int64_t num_blocks = 0, block_lines = 0;
+  int64_t first_line = 0;  // of panel 0, counted over all keys, then all values
+
+  // Where line `index` is, or null past the last. Those after it in memory may be of a block that is not listed: fetching them is
+  // harmless.
+  AWQ_INLINE const char* line(int64_t index) const {
+    const int64_t block = num_blocks != 0 ? index / block_lines : 0;
+    if (block >= 2 * num_blocks) return nullptr;
+    const bool is_key = block < num_blocks;
+    return (is_key ? keys : values) + (blocks[is_key ? block : block - num_blocks] * block_lines + index % block_lines) * 64;
+  }
+};
+
 // Computes columns [panel_begin * 16, min(panel_end * 16, N)) of y for rows [0, num_rows).
 // activations: `num_rows` rows in weight.activations' layout, 64-byte aligned. y: fp32, row stride ldy >= N floats.
 void linear_run(const PackedLinear& weight, const void* activations, int64_t num_rows, float* y, int64_t ldy,
-                int64_t panel_begin, int64_t panel_end);
+                int64_t panel_begin, int64_t panel_end, const ReadAhead& ahead = {});
+
+// The lines that each panel of `linear_run` reads ahead; 0 where the variant in use does not.
+int64_t lines_ahead(const PackedLinear& weight, int64_t num_rows);
 
 // ISA variants: "generic", "avx2", "avx512". The first call of anything above picks the best this machine has, or the one named by
 // the environment variable AWQ_CPU_ISA. `select_isa` throws std::invalid_argument for one that is unknown, not built, or not

@@ -300,10 +300,19 @@ AWQ_INLINE void nibble_block(const uint8_t* w, int64_t next, const uint8_t* a, c
   if constexpr (kPanels == 2) add_block<kRows, kFirst>(dot[1], scales, group[1]);
 }
 
+constexpr int64_t kMaxNibbleRows = 16;  // up to so many, unpacking for each tile costs less than a buffer
+constexpr int64_t kLinesAhead = 2;      // per block of 32 channels
+
+int64_t lines_ahead_avx2(const PackedLinear& weight, int64_t num_rows) {
+  const ActivationLayout& layout = weight.activations;
+  if (weight.type != WeightType::kInt4 || layout.mode != ActivationMode::kInt8 || num_rows > kMaxNibbleRows) return 0;
+  return (ceil_div(num_rows, kTileRows) - 1) * kLinesAhead * layout.num_blocks;
+}
+
 // kPanels: 2 is for one row, where what comes after a group of one panel runs beside the next products of the other. kPer: the blocks
-// of a group, or 0.
-template <int kRows, int kPanels, FloatType kScale, int kPer>
-void nibble_tile(const PackedLinear& weight, int64_t panel_index, const uint8_t* tile, float* y, int64_t ldy) {
+// of a group, or 0. ahead: with kAhead, lines to fetch meanwhile.
+template <int kRows, int kPanels, FloatType kScale, int kPer, bool kAhead>
+void nibble_tile(const PackedLinear& weight, int64_t panel_index, const uint8_t* tile, const char* ahead, float* y, int64_t ldy) {
   const ActivationLayout& layout = weight.activations;
   const int64_t next = weight.panel_stride;
   const uint8_t* panel = weight.panels.data() + panel_index * next;
@@ -318,6 +327,10 @@ void nibble_tile(const PackedLinear& weight, int64_t panel_index, const uint8_t*
   Sums<kRows> total[kPanels] = {};
   for (int64_t group = 0; group < layout.num_groups; ++group) {
     Sums<kRows> partial[kPanels];
+    if (kAhead) {
+      for (int64_t i = 0; i < kLinesAhead * per_group; ++i) _mm_prefetch(ahead + i * 64, _MM_HINT_T1);
+      ahead += kLinesAhead * per_group * 64;
+    }
     nibble_block<kRows, kPanels, true>(w, next, a, scales, mask, partial);
 #pragma GCC unroll 4
     for (int64_t b = 1; b < per_group; ++b)
@@ -340,18 +353,32 @@ void nibble_tile(const PackedLinear& weight, int64_t panel_index, const uint8_t*
 
 template <FloatType kScale, int kPer>
 void run_nibbles(const PackedLinear& weight, const uint8_t* tiles, int64_t num_rows, float* y, int64_t ldy, int64_t panel_begin,
-                 int64_t panel_end) {
+                 int64_t panel_end, const ReadAhead& ahead) {
   int64_t panel = panel_begin;
   if (num_rows == 1)
-    for (; panel + 2 <= panel_end; panel += 2) nibble_tile<1, 2, kScale, kPer>(weight, panel, tiles, y, ldy);
+    for (; panel + 2 <= panel_end; panel += 2) nibble_tile<1, 2, kScale, kPer, false>(weight, panel, tiles, nullptr, y, ldy);
+  const int64_t tile_lines = kLinesAhead * weight.activations.num_blocks;
+  int64_t line = ahead.first_line + panel * lines_ahead_avx2(weight, num_rows);
   for (; panel < panel_end; ++panel)
     for (int64_t row = 0; row < num_rows; row += kTileRows) {
       const uint8_t* tile = tiles + row / kTileRows * weight.activations.tile_stride;
+      const char* lines = nullptr;
+      if (row != 0) {
+        lines = ahead.line(line);
+        line += tile_lines;
+      }
+      const auto run = [&](auto rows) {
+        constexpr int kRows = decltype(rows)::value;
+        if (lines != nullptr)
+          nibble_tile<kRows, 1, kScale, kPer, true>(weight, panel, tile, lines, y + row * ldy, ldy);
+        else
+          nibble_tile<kRows, 1, kScale, kPer, false>(weight, panel, tile, nullptr, y + row * ldy, ldy);
+      };
       switch (num_rows - row) {
-        case 1: nibble_tile<1, 1, kScale, kPer>(weight, panel, tile, y + row * ldy, ldy); break;
-        case 2: nibble_tile<2, 1, kScale, kPer>(weight, panel, tile, y + row * ldy, ldy); break;
-        case 3: nibble_tile<3, 1, kScale, kPer>(weight, panel, tile, y + row * ldy, ldy); break;
-        default: nibble_tile<4, 1, kScale, kPer>(weight, panel, tile, y + row * ldy, ldy); break;
+        case 1: run(std::integral_constant<int, 1>()); break;
+        case 2: run(std::integral_constant<int, 2>()); break;
+        case 3: run(std::integral_constant<int, 3>()); break;
+        default: run(std::integral_constant<int, 4>()); break;
       }
     }
 }
@@ -628,8 +655,7 @@ void run_dense(const PackedLinear& weight, const uint8_t* tiles, int64_t row_beg
 
 // ---- entry ----
 
-// Up to so many rows, unpacking for each tile costs less than the buffer.
-constexpr int64_t kMaxNibbleRows = 16, kMaxWideInt4Rows = 4;
+constexpr int64_t kMaxWideInt4Rows = 4;  // as kMaxNibbleRows, for int16 activations
 
 template <bool kWide, int kPer>
 void run_row_blocks(const PackedLinear& weight, const uint8_t* tiles, int64_t num_rows, float* y, int64_t ldy, int64_t panel_begin,
@@ -644,7 +670,7 @@ void run_row_blocks(const PackedLinear& weight, const uint8_t* tiles, int64_t nu
 }
 
 void run_quantized(const PackedLinear& weight, const uint8_t* tiles, int64_t num_rows, float* y, int64_t ldy, int64_t panel_begin,
-                   int64_t panel_end) {
+                   int64_t panel_end, const ReadAhead& ahead) {
   if (weight.type == WeightType::kInt8) return run_wide<false>(weight, tiles, num_rows, y, ldy, panel_begin, panel_end);
   const bool wide = weight.activations.mode == ActivationMode::kInt16;
   if (wide && num_rows <= kMaxWideInt4Rows) return run_wide<true>(weight, tiles, num_rows, y, ldy, panel_begin, panel_end);
@@ -655,9 +681,9 @@ void run_quantized(const PackedLinear& weight, const uint8_t* tiles, int64_t num
     else if (num_rows > kMaxNibbleRows)
       run_row_blocks<false, kPer>(weight, tiles, num_rows, y, ldy, panel_begin, panel_end);
     else if (weight.float_type == FloatType::kFloat16)
-      run_nibbles<FloatType::kFloat16, kPer>(weight, tiles, num_rows, y, ldy, panel_begin, panel_end);
+      run_nibbles<FloatType::kFloat16, kPer>(weight, tiles, num_rows, y, ldy, panel_begin, panel_end, ahead);
     else
-      run_nibbles<FloatType::kBFloat16, kPer>(weight, tiles, num_rows, y, ldy, panel_begin, panel_end);
+      run_nibbles<FloatType::kBFloat16, kPer>(weight, tiles, num_rows, y, ldy, panel_begin, panel_end, ahead);
   });
 }
 
@@ -675,9 +701,9 @@ void run_dense_blocks(const PackedLinear& weight, const uint8_t* tiles, int64_t 
 }
 
 void run_avx2(const PackedLinear& weight, const void* activations, int64_t num_rows, float* y, int64_t ldy, int64_t panel_begin,
-              int64_t panel_end) {
+              int64_t panel_end, const ReadAhead& ahead) {
   const auto* tiles = static_cast<const uint8_t*>(activations);
-  if (weight.type != WeightType::kFloat) return run_quantized(weight, tiles, num_rows, y, ldy, panel_begin, panel_end);
+  if (weight.type != WeightType::kFloat) return run_quantized(weight, tiles, num_rows, y, ldy, panel_begin, panel_end, ahead);
   switch (weight.float_type) {
     case FloatType::kFloat32: return run_dense_blocks<FloatType::kFloat32>(weight, tiles, num_rows, y, ldy, panel_begin, panel_end);
     case FloatType::kFloat16: return run_dense_blocks<FloatType::kFloat16>(weight, tiles, num_rows, y, ldy, panel_begin, panel_end);
@@ -700,6 +726,6 @@ double integer_peak_avx2(int64_t iterations) {
 
 }  // namespace
 
-extern const LinearKernels kAvx2Kernels = {"avx2", quantize_groups_avx2, run_avx2, integer_peak_avx2};
+extern const LinearKernels kAvx2Kernels = {"avx2", quantize_groups_avx2, run_avx2, lines_ahead_avx2, integer_peak_avx2};
 
 }  // namespace awq_cpu

@@ -197,7 +197,7 @@ AWQ_INLINE void any_tile(const PackedLinear& weight, int64_t panel, const uint8_
 constexpr int64_t kRowBlock = 64;
 
 void run_avx512(const PackedLinear& weight, const void* activations, int64_t num_rows, float* y, int64_t ldy, int64_t panel_begin,
-                int64_t panel_end) {
+                int64_t panel_end, const ReadAhead&) {
   const auto* tiles = static_cast<const uint8_t*>(activations);
   // Rows outside, so that a block of activations stays in L2 over all panels of the range.
   for (int64_t begin = 0; begin < num_rows; begin += kRowBlock) {
@@ -241,6 +241,6 @@ double integer_peak_avx512(int64_t iterations) {
 
 }  // namespace
 
-extern const LinearKernels kAvx512Kernels = {"avx512", quantize_groups_avx2, run_avx512, integer_peak_avx512};
+extern const LinearKernels kAvx512Kernels = {"avx512", quantize_groups_avx2, run_avx512, nullptr, integer_peak_avx512};
 
 }  // namespace awq_cpu

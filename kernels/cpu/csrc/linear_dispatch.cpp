@@ -75,8 +75,13 @@ void quantize_groups(const ActivationLayout& layout, const float* x, int64_t ldx
 }
 
 void linear_run(const PackedLinear& weight, const void* activations, int64_t num_rows, float* y, int64_t ldy, int64_t panel_begin,
-                int64_t panel_end) {
-  linear_kernels().run(weight, activations, num_rows, y, ldy, panel_begin, panel_end);
+                int64_t panel_end, const ReadAhead& ahead) {
+  linear_kernels().run(weight, activations, num_rows, y, ldy, panel_begin, panel_end, ahead);
+}
+
+int64_t lines_ahead(const PackedLinear& weight, int64_t num_rows) {
+  const auto lines = linear_kernels().lines_ahead;
+  return lines != nullptr ? lines(weight, num_rows) : 0;
 }
 
 }  // namespace awq_cpu

@@ -175,7 +175,7 @@ void run_dense(const PackedLinear& weight, const uint8_t* activations, int64_t r
 }
 
 void run_generic(const PackedLinear& weight, const void* activations, int64_t num_rows, float* y, int64_t ldy, int64_t panel_begin,
-                 int64_t panel_end) {
+                 int64_t panel_end, const ReadAhead&) {
   const auto* tiles = static_cast<const uint8_t*>(activations);
   for (int64_t panel = panel_begin; panel < panel_end; ++panel)
     for (int64_t row = 0; row < num_rows; row += kRowBlock) {
@@ -189,6 +189,6 @@ void run_generic(const PackedLinear& weight, const void* activations, int64_t nu
 
 }  // namespace
 
-extern const LinearKernels kGenericKernels = {"generic", quantize_groups_generic, run_generic, nullptr};
+extern const LinearKernels kGenericKernels = {"generic", quantize_groups_generic, run_generic, nullptr, nullptr};
 
 }  // namespace awq_cpu

@@ -10,7 +10,8 @@ struct LinearKernels {
   void (*quantize_groups)(const ActivationLayout& layout, const float* x, int64_t ldx, int64_t row_begin, int64_t row_end,
                           int64_t group_begin, int64_t group_end, void* packed);
   void (*run)(const PackedLinear& weight, const void* activations, int64_t num_rows, float* y, int64_t ldy,
-              int64_t panel_begin, int64_t panel_end);
+              int64_t panel_begin, int64_t panel_end, const ReadAhead& ahead);
+  int64_t (*lines_ahead)(const PackedLinear& weight, int64_t num_rows);  // null: reads nothing ahead
   // Runs the densest multiply-accumulate loop over registers and returns the number of multiply-accumulates; may be null.
   double (*integer_peak)(int64_t iterations);
 };

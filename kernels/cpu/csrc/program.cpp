@@ -46,6 +46,26 @@ const OpsTable& current_ops() {
   return ops_generic();
 }
 
+void Program::add(std::unique_ptr<Op> op) {
+  const auto* attention = dynamic_cast<const AttentionOp*>(op.get());
+  // With a window most of a sequence's blocks are not read.
+  for (auto before = ops_.rbegin(); attention != nullptr && before != ops_.rend(); ++before) {
+    if (dynamic_cast<const AttentionOp*>(before->get()) != nullptr) break;
+    (*before)->next_read = attention->window == 0 ? &attention->kv : nullptr;
+  }
+  ops_.push_back(std::move(op));
+}
+
+void Program::list_blocks(const Counts& counts) {
+  constexpr size_t kMostBlocks = 4096;  // more than the linears of a layer have time to fetch
+  blocks_ahead_.clear();
+  if (!limits.attends || counts.num_tokens != counts.num_sequences) return;
+  for (int64_t s = 0; s < counts.num_sequences && blocks_ahead_.size() < kMostBlocks; ++s) {
+    const int32_t* table = batch_.block_tables + s * batch_.max_blocks;
+    blocks_ahead_.insert(blocks_ahead_.end(), table, table + ceil_div(batch_.seq_lens[s], limits.block_size));
+  }
+}
+
 float* Program::shared_rows(size_t num_floats) {
   if (num_floats > shared_floats_) {  // earlier ops keep their pointers: buffers are added, never freed
     shared_buffers_.emplace_back(num_floats * sizeof(float));
@@ -103,7 +123,8 @@ void Program::run(const Counts& counts) {
     for (int i = 0; i < pool_->num_threads(); ++i) scratch_buffers_.emplace_back(scratch_floats_ * sizeof(float));
   }
   plans_.clear();
-  RunContext context{*pool_, current_ops(), batch_, counts, scratch_buffers_, plans_, partials_, num_experts_read};
+  list_blocks(counts);
+  RunContext context{*pool_, current_ops(), batch_, counts, scratch_buffers_, plans_, partials_, num_experts_read, blocks_ahead_};
   if (!profiling) {
     for (auto& op : ops_) op->run(context);
     return;
@@ -167,7 +188,7 @@ void GatedLinearOp::run(RunContext& context) {
     if (num_rows >= kMinGatedRows && num_units * row_blocks >= 8 * context.pool.num_threads())
       return run_units(context, num_units, row_blocks);
   }
-  run_parts(context, parts, num_rows, const_cast<float*>(activation.gate_up), 2 * activation.out.width);
+  run_parts(context, parts, num_rows, const_cast<float*>(activation.gate_up), 2 * activation.out.width, next_read);
   activation.run(context);
 }
 
@@ -203,10 +224,19 @@ void QuantizeOp::run(RunContext& context) {
 }
 
 namespace {
-constexpr int64_t kClaimMacs = 1000000;  // of a linear: about ten microseconds
+constexpr int64_t kClaimMacs = 4000000;  // of a linear: some twenty microseconds
 }  // namespace
 
-void run_parts(RunContext& context, const std::vector<LinearPart>& parts, int64_t num_rows, float* y, int64_t ldy) {
+ReadAhead RunContext::read_ahead(const KvCache* cache) const {
+  if (cache == nullptr || blocks_ahead.empty()) return {};
+  const int64_t element = cache->type == KvType::kHalf ? 2 : 1;
+  const int64_t block_nbytes = element * cache->num_kv_heads * cache->head_dim * cache->block_size;
+  return {static_cast<const char*>(cache->keys), static_cast<const char*>(cache->values), blocks_ahead.data(),
+          static_cast<int64_t>(blocks_ahead.size()), block_nbytes / 64, lines_read_ahead};
+}
+
+void run_parts(RunContext& context, const std::vector<LinearPart>& parts, int64_t num_rows, float* y, int64_t ldy,
+               const KvCache* next_read) {
   if (num_rows == 0) return;
   int64_t num_panels = 0, macs = 0;
   for (const auto& part : parts) {
@@ -215,18 +245,22 @@ void run_parts(RunContext& context, const std::vector<LinearPart>& parts, int64_
   }
   // Threads are not equally fast, and wait for the last claim: long phases are cut finer.
   const int64_t claims = std::clamp<int64_t>(macs / kClaimMacs / context.pool.num_threads(), 4, 16);
+  const ReadAhead of_all = context.read_ahead(next_read);
   context.pool.parallel_for(num_panels, context.pool.even_chunk(num_panels, claims), [&](int64_t begin, int64_t end, int) {
     int64_t first = 0;  // of the part's panels, counted over all parts
+    ReadAhead ahead = of_all;
     for (const auto& part : parts) {
       const int64_t panel_begin = std::max(begin - first, int64_t{0}), panel_end = std::min(end - first, part.weight->num_panels);
       if (panel_begin < panel_end)
-        linear_run(*part.weight, part.input, num_rows, y + part.first_column, ldy, panel_begin, panel_end);
+        linear_run(*part.weight, part.input, num_rows, y + part.first_column, ldy, panel_begin, panel_end, ahead);
       first += part.weight->num_panels;
+      ahead.first_line += part.weight->num_panels * lines_ahead(*part.weight, num_rows);
     }
   });
+  for (const auto& part : parts) context.lines_read_ahead += part.weight->num_panels * lines_ahead(*part.weight, num_rows);
 }
 
-void LinearOp::run(RunContext& context) { run_parts(context, parts, context.counts.num_tokens, y, ldy); }
+void LinearOp::run(RunContext& context) { run_parts(context, parts, context.counts.num_tokens, y, ldy, next_read); }
 
 void RopeOp::run(RunContext& context) {
   const int64_t qkv_width = static_cast<int64_t>(row.num_heads + 2 * row.num_kv_heads) * row.head_dim;

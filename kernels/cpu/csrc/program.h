@@ -87,9 +87,13 @@ struct RunContext {
   std::map<AttentionKey, AttentionPlan>& plans;
   AlignedBuffer& partials;
   int64_t& num_experts_read;
+  std::vector<int32_t>& blocks_ahead;  // of all sequences, where the step only decodes and reading ahead pays; else empty
+  int64_t lines_read_ahead = 0;        // of the next attention's cache
 
   float* scratch(int thread) { return reinterpret_cast<float*>(scratch_buffers[thread].data()); }
   const AttentionPlan& attention_plan(const AttentionKey& key);
+  // For a linear that runs now. cache: its next_read.
+  ReadAhead read_ahead(const KvCache* cache) const;
 };
 
 class Op {
@@ -98,6 +102,7 @@ class Op {
   virtual ~Op() = default;
   virtual void run(RunContext& context) = 0;
   const char* const kind;
+  const KvCache* next_read = nullptr;  // what the next attention reads of every sequence, for linears before it to fetch; or null
 };
 
 // Sizes and addresses are the caller's to check (bindings.cpp does); values of the batch are checked here, at every run.
@@ -105,7 +110,7 @@ class Program {
  public:
   Program(std::shared_ptr<ThreadPool> pool, Batch batch) : pool_(std::move(pool)), batch_(batch) {}
 
-  void add(std::unique_ptr<Op> op) { ops_.push_back(std::move(op)); }
+  void add(std::unique_ptr<Op> op);
   void require_scratch(size_t num_floats) { scratch_floats_ = std::max(scratch_floats_, num_floats); }
   // A buffer that ops of this program share, one after the other.
   float* shared_rows(size_t num_floats);
@@ -125,6 +130,7 @@ class Program {
  private:
   void check(const Counts& counts) const;
   void check_sequences(const Counts& counts) const;
+  void list_blocks(const Counts& counts);
 
   std::shared_ptr<ThreadPool> pool_;
   Batch batch_;
@@ -135,6 +141,7 @@ class Program {
   size_t shared_floats_ = 0;
   std::map<AttentionKey, AttentionPlan> plans_;
   AlignedBuffer partials_;
+  std::vector<int32_t> blocks_ahead_;
 };
 
 // The table for the instruction set that the linears run with.
@@ -253,7 +260,8 @@ struct LogitsOp final : Op {
   int64_t ldy;
 };
 
-// One linear's panels, shared by the pool.
-void run_parts(RunContext& context, const std::vector<LinearPart>& parts, int64_t num_rows, float* y, int64_t ldy);
+// One linear's panels, shared by the pool. next_read: Op's.
+void run_parts(RunContext& context, const std::vector<LinearPart>& parts, int64_t num_rows, float* y, int64_t ldy,
+               const KvCache* next_read = nullptr);
 
 }  // namespace awq_cpu

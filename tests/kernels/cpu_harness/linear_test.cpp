@@ -150,12 +150,27 @@ void test_identity(const Case& c, int64_t rows) {
     r = end;
   }
   std::vector<float> z(y.size());
+  const AlignedBuffer cache(3 * 64 * 4);
+  const auto* lines = reinterpret_cast<const char*>(cache.data());
+  const int32_t blocks[] = {2, 0};
+  const ReadAhead ahead = {lines, lines, blocks, 2, 4, 0};
   for (int64_t panel = 0; panel < weight.num_panels;) {
     const int64_t end = std::min<int64_t>(weight.num_panels, panel + 1 + static_cast<int64_t>(random_bits() % 3));
-    linear_run(weight, piecewise.data(), rows, z.data(), n, panel, end);
+    linear_run(weight, piecewise.data(), rows, z.data(), n, panel, end, ahead);
     panel = end;
   }
   check(same_bits(z.data(), y.data(), rows * n), "%s: rows %ld differ when quantized and run in pieces", c.name, long(rows));
+}
+
+void test_read_ahead() {
+  const AlignedBuffer keys(3 * 64 * 4), values(3 * 64 * 4);
+  const auto* k = reinterpret_cast<const char*>(keys.data());
+  const auto* v = reinterpret_cast<const char*>(values.data());
+  const int32_t blocks[] = {2, 0};
+  const ReadAhead ahead = {k, v, blocks, 2, 4, 0};
+  check(ahead.line(0) == k + 2 * 256 && ahead.line(3) == k + 2 * 256 + 192, "the first block's keys are not read first");
+  check(ahead.line(4) == k && ahead.line(8) == v + 2 * 256 && ahead.line(15) == v + 192, "blocks, then values, are not read in order");
+  check(ahead.line(16) == nullptr && ReadAhead{}.line(0) == nullptr, "lines past the last are read");
 }
 
 void test_quantization(const ActivationLayout& layout) {
@@ -370,6 +385,7 @@ int main(int argc, char** argv) {
     test_variants_agree();
     test_requantization();
     test_invalid();
+    test_read_ahead();
     std::printf("%s: %ld checks\n", isa.c_str(), checks - before);
   }
   std::printf("%s: %ld checks, %ld failures\n", failures == 0 ? "ok" : "FAILED", checks, failures);
