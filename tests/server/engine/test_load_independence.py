@@ -126,6 +126,7 @@ def builder(demo_model: Path, backend: str, threads: int, longest: int, **option
     return build
 
 
+@pytest.mark.slow
 def test_reference(demo_model: Path) -> None:
     check_law(builder(demo_model, "reference", 0, 90), mixed_requests(demo_model, 6, 90))
 
