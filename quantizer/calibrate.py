@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,12 @@ BATCH_TOKENS = 4096
 
 MOMENT_BLOCK = 512
 """Rows of a second moment that are computed at once: of all blocks but what lies above the diagonal."""
+
+
+_NO_CACHE = {
+    name: None for name in ("cache", "past_key_values") if name in inspect.signature(create_causal_mask).parameters
+}
+"""The mask functions want a cache named, under a name that changed in transformers 5.24 or before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +128,8 @@ class LayerRunner:
             config=self.config,
             inputs_embeds=hidden,
             attention_mask=None,
-            past_key_values=None,
             position_ids=positions,
+            **_NO_CACHE,
         )
         kind = {"layer_type": self.config.layer_types[index]} if self.architecture.rotary_by_layer_type else {}
         output: Tensor = layer(
