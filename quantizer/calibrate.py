@@ -27,7 +27,7 @@ MOMENT_BLOCK = 512
 _NO_CACHE = {
     name: None for name in ("cache", "past_key_values") if name in inspect.signature(create_causal_mask).parameters
 }
-"""The mask functions want a cache named, under a name that changed in transformers 5.24 or before."""
+"""The mask functions want a cache named: `past_key_values` once, `cache` in transformers of today, from 5.40 on that alone."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -93,7 +93,12 @@ class GgufSource:
     def _shared_reader(self) -> Iterator[None]:
         """Transformers opens and parses the file at each call, for seconds: meanwhile it gets what is open already."""
         reader = gguf.GGUFReader
-        setattr(gguf, "GGUFReader", lambda _path: self._reader)  # noqa: B010  (mypy knows classes as unassignable)
+
+        def opened(path: Any, *arguments: Any, **keywords: Any) -> gguf.GGUFReader:
+            own = Path(path) == self.path and not arguments and not keywords
+            return self._reader if own else reader(path, *arguments, **keywords)
+
+        setattr(gguf, "GGUFReader", opened)  # noqa: B010  (mypy knows classes as unassignable)
         try:
             yield
         finally:

@@ -43,7 +43,8 @@ def awq(in_features: int, out_features: int, generator: torch.Generator) -> AwqW
 class Model:
     """Two layers over any back end, with what real ones have: fused and mixed projections, qk-norm, a window, a soft cap."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, window: int | None = 40) -> None:
+        self.window = window  # of the second layer
         generator = torch.Generator().manual_seed(1)
 
         def dense(rows: int, columns: int) -> DenseWeight:
@@ -75,7 +76,9 @@ class Model:
         for i, (qkv, o, gate_up, down) in enumerate(self.layers):
             fused = backend.linear(hidden, qkv)
             q = backend.rope_and_store(fused, SHAPE, self.qk_norm if i else None, self.rotary, batch, kv[i])
-            attended = backend.attention(q, SHAPE, kv[i], batch, 0.2, 40 if i else None, None, None if i else o)
+            attended = backend.attention(
+                q, SHAPE, kv[i], batch, 0.2, self.window if i else None, None, None if i else o
+            )
             if i:
                 attended, residual = backend.pick_rows(attended, residual, batch, for_linear=o)
             hidden, residual = backend.add_rms_norm(
@@ -102,11 +105,13 @@ def copy_batch(source: ForwardBatch, target: ForwardBatch) -> None:
 class Recorded:
     """A model, its cache, and its program over a large batch."""
 
-    def __init__(self, backend: CpuBackend, num_blocks: int = 80) -> None:
-        self.model = Model(backend)
+    def __init__(
+        self, backend: CpuBackend, num_blocks: int = 80, max_sequences: int = MAX_SEQUENCES, window: int | None = 40
+    ) -> None:
+        self.model = Model(backend, window)
         spec = KVCacheSpec(2, num_blocks, BLOCK_SIZE, SHAPE.num_kv_heads, SHAPE.head_dim)
         self.kv = backend.allocate_kv(spec)
-        self.batch = ForwardBatch.allocate(MAX_TOKENS, MAX_SEQUENCES, MAX_BLOCKS, MAX_SEQUENCES, torch.device("cpu"))
+        self.batch = ForwardBatch.allocate(MAX_TOKENS, max_sequences, MAX_BLOCKS, max_sequences, torch.device("cpu"))
         self.program: CpuProgram = backend.record(lambda: self.model.forward(self.batch, self.kv), self.batch)
 
     def run(self, batch: ForwardBatch) -> Tensor:
@@ -187,6 +192,30 @@ def test_logits_do_not_depend_on_batch_chunks_or_threads(options: dict[str, str]
         (one, [2] * 40, True),
     ):
         assert torch.equal(last_logits(recorded, chunks, with_other)[-1], expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"kv_cache_dtype": "int8"}], ids=str)
+def test_many_decodes_equal_each_alone(options: dict[str, str]) -> None:
+    """5 to 16 rows, whose linears read the next attention's cache ahead, with blocks anywhere and prefixes in common."""
+    recorded = Recorded(CpuBackend(BackendOptions(num_threads=2, **options)), max_sequences=16, window=None)  # type: ignore[arg-type]
+    shuffled = torch.randperm(80, generator=torch.Generator().manual_seed(6)).tolist()
+    tables = [shuffled[4 * i : 4 * i + 4] for i in range(16)]
+    lengths = [3 + 5 * i % 44 for i in range(16)]
+    like = list(range(16))  # whose first 32 tokens a sequence has
+    for i in (2, 3, 4, 9):
+        tables[i][:2], lengths[i], like[i] = tables[2][:2], 32 + i, 2
+    for i, length in enumerate(lengths):
+        ids = [(p * p + 7 * (like[i] if p < 32 else i)) % VOCABULARY for p in range(length)]
+        recorded.run(make_batch([length], [length], tables[i : i + 1], input_ids=ids))
+
+    def decode(chosen: range) -> Tensor:
+        ids = [(11 * i + 1) % VOCABULARY for i in chosen]
+        seq_lens = [lengths[i] + 1 for i in chosen]
+        return recorded.run(make_batch([1] * len(chosen), seq_lens, [tables[i] for i in chosen], input_ids=ids))
+
+    alone = torch.cat([decode(range(i, i + 1)) for i in range(16)])
+    for chosen in (range(5), range(3, 16), range(16)):
+        assert torch.equal(decode(chosen), alone[chosen.start : chosen.stop])
 
 
 def test_memory_of_a_recording_is_reused(recorded: Recorded) -> None:

@@ -121,3 +121,15 @@ def test_tensors_that_cannot_be_converted_are_named(
     path.write_bytes(b"GGML nonsense")
     with pytest.raises(QuantizeError, match="not a readable GGUF"):
         open_source(str(path))
+
+
+def test_the_file_is_parsed_once(
+    make_checkpoint: Callable[..., Path],
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _write_gguf(tmp_path / "model.gguf", make_checkpoint("qwen3"), tiny_tokenizer)
+    monkeypatch.setattr(gguf, "GGUFReader", lambda path: pytest.fail(f"{path} is opened again"))
+    source = GgufSource(tmp_path / "model.gguf")
+    assert source.tokenizer().vocab_size == len(tiny_tokenizer)

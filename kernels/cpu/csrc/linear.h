@@ -141,17 +141,39 @@ struct ReadAhead {
   const char* keys = nullptr;
   const char* values = nullptr;
   const int32_t* blocks = nullptr;
-  int64_t num_blocks = 0, block_lines = 0;
+  int64_t num_blocks = 0, block_lines = 1;
   int64_t first_line = 0;  // of panel 0, counted over all keys, then all values
 
-  // Where line `index` is, or null past the last. Those after it in memory may be of a block that is not listed: fetching them is
-  // harmless.
-  AWQ_INLINE const char* line(int64_t index) const {
-    const int64_t block = num_blocks != 0 ? index / block_lines : 0;
-    if (block >= 2 * num_blocks) return nullptr;
-    const bool is_key = block < num_blocks;
-    return (is_key ? keys : values) + (blocks[is_key ? block : block - num_blocks] * block_lines + index % block_lines) * 64;
-  }
+  // Walks through the lines from `first_line` + `offset` on.
+  class Cursor {
+   public:
+    AWQ_INLINE Cursor(const ReadAhead& list, int64_t offset) : list_(list) {
+      const int64_t line = list.first_line + offset, within = line % list.block_lines;
+      enter(line / list.block_lines);
+      if (at_ != nullptr) at_ += within * 64, left_ -= within;
+    }
+    // The next `count` lines of one block, or fewer where `block_lines` is less; null past the last. What is left of a block that has
+    // less is passed over.
+    AWQ_INLINE const char* take(int64_t count) {
+      if (count > left_ && at_ != nullptr) enter(block_ + 1);
+      const char* taken = at_;
+      if (at_ != nullptr) at_ += count * 64, left_ -= count;
+      return taken;
+    }
+
+   private:
+    AWQ_INLINE void enter(int64_t block) {
+      block_ = block;
+      left_ = list_.block_lines;
+      const bool is_key = block < list_.num_blocks;
+      at_ = block < 2 * list_.num_blocks
+                ? (is_key ? list_.keys : list_.values) + list_.blocks[is_key ? block : block - list_.num_blocks] * list_.block_lines * 64
+                : nullptr;
+    }
+    const ReadAhead& list_;
+    int64_t block_ = 0, left_ = 0;
+    const char* at_ = nullptr;
+  };
 };
 
 // Computes columns [panel_begin * 16, min(panel_end * 16, N)) of y for rows [0, num_rows).

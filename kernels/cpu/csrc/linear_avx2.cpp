@@ -301,18 +301,20 @@ AWQ_INLINE void nibble_block(const uint8_t* w, int64_t next, const uint8_t* a, c
 }
 
 constexpr int64_t kMaxNibbleRows = 16;  // up to so many, unpacking for each tile costs less than a buffer
-constexpr int64_t kLinesAhead = 2;      // per block of 32 channels
+
+// Lines that a row tile reads ahead per group: two per block of 32 channels, so many at a time as the processor keeps in flight.
+AWQ_INLINE constexpr int64_t group_lines(int64_t blocks_per_group) { return 2 * (blocks_per_group < 4 ? blocks_per_group : 4); }
 
 int64_t lines_ahead_avx2(const PackedLinear& weight, int64_t num_rows) {
   const ActivationLayout& layout = weight.activations;
-  if (weight.type != WeightType::kInt4 || layout.mode != ActivationMode::kInt8 || num_rows > kMaxNibbleRows) return 0;
-  return (ceil_div(num_rows, kTileRows) - 1) * kLinesAhead * layout.num_blocks;
+  if (weight.type != WeightType::kInt4 || layout.mode != ActivationMode::kInt8 || num_rows < 1 || num_rows > kMaxNibbleRows) return 0;
+  return (ceil_div(num_rows, kTileRows) - 1) * layout.num_groups * group_lines(layout.blocks_per_group);
 }
 
 // kPanels: 2 is for one row, where what comes after a group of one panel runs beside the next products of the other. kPer: the blocks
-// of a group, or 0. ahead: with kAhead, lines to fetch meanwhile.
+// of a group, or 0. With kAhead, lines of `ahead` are fetched meanwhile.
 template <int kRows, int kPanels, FloatType kScale, int kPer, bool kAhead>
-void nibble_tile(const PackedLinear& weight, int64_t panel_index, const uint8_t* tile, const char* ahead, float* y, int64_t ldy) {
+void nibble_tile(const PackedLinear& weight, int64_t panel_index, const uint8_t* tile, ReadAhead::Cursor* ahead, float* y, int64_t ldy) {
   const ActivationLayout& layout = weight.activations;
   const int64_t next = weight.panel_stride;
   const uint8_t* panel = weight.panels.data() + panel_index * next;
@@ -328,8 +330,8 @@ void nibble_tile(const PackedLinear& weight, int64_t panel_index, const uint8_t*
   for (int64_t group = 0; group < layout.num_groups; ++group) {
     Sums<kRows> partial[kPanels];
     if (kAhead) {
-      for (int64_t i = 0; i < kLinesAhead * per_group; ++i) _mm_prefetch(ahead + i * 64, _MM_HINT_T1);
-      ahead += kLinesAhead * per_group * 64;
+      const char* lines = ahead->take(group_lines(per_group));
+      for (int64_t i = 0; lines != nullptr && i < group_lines(per_group); ++i) _mm_prefetch(lines + i * 64, _MM_HINT_T1);
     }
     nibble_block<kRows, kPanels, true>(w, next, a, scales, mask, partial);
 #pragma GCC unroll 4
@@ -357,20 +359,14 @@ void run_nibbles(const PackedLinear& weight, const uint8_t* tiles, int64_t num_r
   int64_t panel = panel_begin;
   if (num_rows == 1)
     for (; panel + 2 <= panel_end; panel += 2) nibble_tile<1, 2, kScale, kPer, false>(weight, panel, tiles, nullptr, y, ldy);
-  const int64_t tile_lines = kLinesAhead * weight.activations.num_blocks;
-  int64_t line = ahead.first_line + panel * lines_ahead_avx2(weight, num_rows);
+  ReadAhead::Cursor cursor(ahead, panel * lines_ahead_avx2(weight, num_rows));
   for (; panel < panel_end; ++panel)
     for (int64_t row = 0; row < num_rows; row += kTileRows) {
       const uint8_t* tile = tiles + row / kTileRows * weight.activations.tile_stride;
-      const char* lines = nullptr;
-      if (row != 0) {
-        lines = ahead.line(line);
-        line += tile_lines;
-      }
       const auto run = [&](auto rows) {
         constexpr int kRows = decltype(rows)::value;
-        if (lines != nullptr)
-          nibble_tile<kRows, 1, kScale, kPer, true>(weight, panel, tile, lines, y + row * ldy, ldy);
+        if (row != 0 && ahead.num_blocks != 0)
+          nibble_tile<kRows, 1, kScale, kPer, true>(weight, panel, tile, &cursor, y + row * ldy, ldy);
         else
           nibble_tile<kRows, 1, kScale, kPer, false>(weight, panel, tile, nullptr, y + row * ldy, ldy);
       };

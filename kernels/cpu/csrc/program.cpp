@@ -4,6 +4,8 @@
 #include <chrono>
 #include <stdexcept>
 
+#include "moe.h"
+
 namespace awq_cpu {
 namespace {
 
@@ -47,22 +49,40 @@ const OpsTable& current_ops() {
 }
 
 void Program::add(std::unique_ptr<Op> op) {
-  const auto* attention = dynamic_cast<const AttentionOp*>(op.get());
-  // With a window most of a sequence's blocks are not read.
-  for (auto before = ops_.rbegin(); attention != nullptr && before != ops_.rend(); ++before) {
-    if (dynamic_cast<const AttentionOp*>(before->get()) != nullptr) break;
-    (*before)->next_read = attention->window == 0 ? &attention->kv : nullptr;
-  }
+  if (const auto* attention = dynamic_cast<const AttentionOp*>(op.get()); attention != nullptr && attention->window == 0)
+    read_ahead_of(*attention);
   ops_.push_back(std::move(op));
 }
 
+// The linears before an attention read its cache ahead: the last of them, whose weights do not push it out of the cache again. (One with a
+// window reads a part of its blocks only, and is left out.)
+void Program::read_ahead_of(const AttentionOp& attention) {
+  constexpr int64_t kCacheNbytes = int64_t{16} << 20;  // a share of the last level that a few threads can count on
+  int64_t nbytes = 0;
+  for (auto op = ops_.rbegin(); op != ops_.rend(); ++op) {
+    auto* linear = dynamic_cast<AnyLinearOp*>(op->get());
+    if (linear != nullptr) {
+      nbytes += linear->weight_nbytes() * 5 / 2;  // its weights, and at 16 rows one and a half times as much of the cache
+      if (nbytes > kCacheNbytes) return;
+      linear->next_read = &attention.kv;
+    } else if (dynamic_cast<AttentionOp*>(op->get()) != nullptr || dynamic_cast<MoeOp*>(op->get()) != nullptr) {
+      return;
+    }
+  }
+}
+
 void Program::list_blocks(const Counts& counts) {
-  constexpr size_t kMostBlocks = 4096;  // more than the linears of a layer have time to fetch
+  constexpr size_t kEnoughBlocks = 4096;  // more than the linears of a layer have time to read
   blocks_ahead_.clear();
-  if (!limits.attends || counts.num_tokens != counts.num_sequences) return;
-  for (int64_t s = 0; s < counts.num_sequences && blocks_ahead_.size() < kMostBlocks; ++s) {
+  // One tile of rows reads nothing ahead.
+  if (!limits.attends || counts.num_tokens != counts.num_sequences || counts.num_tokens <= kTileRows) return;
+  for (int64_t s = 0; s < counts.num_sequences && blocks_ahead_.size() < kEnoughBlocks; ++s) {
     const int32_t* table = batch_.block_tables + s * batch_.max_blocks;
-    blocks_ahead_.insert(blocks_ahead_.end(), table, table + ceil_div(batch_.seq_lens[s], limits.block_size));
+    const int64_t num_blocks = ceil_div(batch_.seq_lens[s], limits.block_size);
+    const int64_t num_before = s > 0 ? ceil_div(batch_.seq_lens[s - 1], limits.block_size) : 0;
+    int64_t first = 0;  // that the sequence before does not have: a common prefix is read once
+    while (first < std::min(num_blocks, num_before) && table[first] == (table - batch_.max_blocks)[first]) ++first;
+    blocks_ahead_.insert(blocks_ahead_.end(), table + first, table + num_blocks);
   }
 }
 
@@ -257,7 +277,14 @@ void run_parts(RunContext& context, const std::vector<LinearPart>& parts, int64_
       ahead.first_line += part.weight->num_panels * lines_ahead(*part.weight, num_rows);
     }
   });
+  if (next_read == nullptr) return;
   for (const auto& part : parts) context.lines_read_ahead += part.weight->num_panels * lines_ahead(*part.weight, num_rows);
+}
+
+int64_t AnyLinearOp::weight_nbytes() const {
+  int64_t nbytes = 0;
+  for (const auto& part : parts) nbytes += part.weight->nbytes();
+  return nbytes;
 }
 
 void LinearOp::run(RunContext& context) { run_parts(context, parts, context.counts.num_tokens, y, ldy, next_read); }

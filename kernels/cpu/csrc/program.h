@@ -77,6 +77,8 @@ struct AttentionKey {
   }
 };
 
+struct AttentionOp;
+
 // What an op sees of a run. `scratch(thread)` holds Program::require_scratch's floats.
 struct RunContext {
   ThreadPool& pool;
@@ -87,8 +89,8 @@ struct RunContext {
   std::map<AttentionKey, AttentionPlan>& plans;
   AlignedBuffer& partials;
   int64_t& num_experts_read;
-  std::vector<int32_t>& blocks_ahead;  // of all sequences, where the step only decodes and reading ahead pays; else empty
-  int64_t lines_read_ahead = 0;        // of the next attention's cache
+  const std::vector<int32_t>& blocks_ahead;  // of all sequences, where the step only decodes; else empty
+  int64_t lines_read_ahead = 0;              // of the next attention's cache
 
   float* scratch(int thread) { return reinterpret_cast<float*>(scratch_buffers[thread].data()); }
   const AttentionPlan& attention_plan(const AttentionKey& key);
@@ -102,7 +104,6 @@ class Op {
   virtual ~Op() = default;
   virtual void run(RunContext& context) = 0;
   const char* const kind;
-  const KvCache* next_read = nullptr;  // what the next attention reads of every sequence, for linears before it to fetch; or null
 };
 
 // Sizes and addresses are the caller's to check (bindings.cpp does); values of the batch are checked here, at every run.
@@ -130,6 +131,7 @@ class Program {
  private:
   void check(const Counts& counts) const;
   void check_sequences(const Counts& counts) const;
+  void read_ahead_of(const AttentionOp& attention);
   void list_blocks(const Counts& counts);
 
   std::shared_ptr<ThreadPool> pool_;
@@ -192,20 +194,23 @@ struct LinearPart {
   int64_t first_column;
 };
 
-struct LinearOp final : Op {
-  LinearOp() : Op("linear") {}
-  void run(RunContext& context) override;
+struct AnyLinearOp : Op {
+  AnyLinearOp() : Op("linear") {}
+  int64_t weight_nbytes() const;
   std::vector<LinearPart> parts;
+  const KvCache* next_read = nullptr;  // what the next attention reads of every sequence, if this is to read it ahead
+};
+
+struct LinearOp final : AnyLinearOp {
+  void run(RunContext& context) override;
   float* y;
   int64_t ldy;
 };
 
 // A linear of gates and ups side by side, and the activation of its result: where the layouts allow it, a few columns of some rows
 // at a time, so that what is between never leaves the cache.
-struct GatedLinearOp final : Op {
-  GatedLinearOp() : Op("linear") {}
+struct GatedLinearOp final : AnyLinearOp {
   void run(RunContext& context) override;
-  std::vector<LinearPart> parts;
   int64_t unit_columns = 0;  // of the activation's output, computed together; 0: never
   ActivationOp activation;   // reads what the linear writes when the two go one after the other
  private:
@@ -260,7 +265,7 @@ struct LogitsOp final : Op {
   int64_t ldy;
 };
 
-// One linear's panels, shared by the pool. next_read: Op's.
+// One linear's panels, shared by the pool. next_read: AnyLinearOp's.
 void run_parts(RunContext& context, const std::vector<LinearPart>& parts, int64_t num_rows, float* y, int64_t ldy,
                const KvCache* next_read = nullptr);
 

@@ -150,10 +150,10 @@ void test_identity(const Case& c, int64_t rows) {
     r = end;
   }
   std::vector<float> z(y.size());
-  const AlignedBuffer cache(3 * 64 * 4);
+  const AlignedBuffer cache(3 * 64 * 6);
   const auto* lines = reinterpret_cast<const char*>(cache.data());
-  const int32_t blocks[] = {2, 0};
-  const ReadAhead ahead = {lines, lines, blocks, 2, 4, 0};
+  const int32_t blocks[] = {2, 0, 1};
+  const ReadAhead ahead = {lines, lines, blocks, 3, 6, static_cast<int64_t>(random_bits() % 9)};
   for (int64_t panel = 0; panel < weight.num_panels;) {
     const int64_t end = std::min<int64_t>(weight.num_panels, panel + 1 + static_cast<int64_t>(random_bits() % 3));
     linear_run(weight, piecewise.data(), rows, z.data(), n, panel, end, ahead);
@@ -167,10 +167,14 @@ void test_read_ahead() {
   const auto* k = reinterpret_cast<const char*>(keys.data());
   const auto* v = reinterpret_cast<const char*>(values.data());
   const int32_t blocks[] = {2, 0};
-  const ReadAhead ahead = {k, v, blocks, 2, 4, 0};
-  check(ahead.line(0) == k + 2 * 256 && ahead.line(3) == k + 2 * 256 + 192, "the first block's keys are not read first");
-  check(ahead.line(4) == k && ahead.line(8) == v + 2 * 256 && ahead.line(15) == v + 192, "blocks, then values, are not read in order");
-  check(ahead.line(16) == nullptr && ReadAhead{}.line(0) == nullptr, "lines past the last are read");
+  const ReadAhead ahead = {k, v, blocks, 2, 4, 1};
+  ReadAhead::Cursor all(ahead, 0);
+  check(all.take(2) == k + 2 * 256 + 64, "the first line is not the first");
+  check(all.take(2) == k, "what a block has too little of is not passed over");
+  check(all.take(2) == k + 128 && all.take(4) == v + 2 * 256 && all.take(1) == v, "blocks of keys, then of values, are not in order");
+  check(all.take(4) == nullptr && all.take(1) == nullptr, "there are lines past the last");
+  check(ReadAhead::Cursor(ahead, 13).take(2) == v + 128 && ReadAhead::Cursor(ahead, 15).take(1) == nullptr, "an offset is not added");
+  check(ReadAhead::Cursor(ReadAhead{}, 3).take(1) == nullptr, "there are lines of nothing");
 }
 
 void test_quantization(const ActivationLayout& layout) {
@@ -377,7 +381,7 @@ int main(int argc, char** argv) {
     const long before = checks;
     for (const Case& c : make_cases()) {
       for (int64_t rows = 1; rows <= 67; rows += quick ? 11 : (rows < 20 ? 1 : 7)) test_values(c, rows);
-      for (int64_t rows : {4, 7, 13, 67, 130}) test_identity(c, quick ? rows % 20 + 1 : rows);
+      for (int64_t rows : {4, 5, 7, 13, 16, 67, 130}) test_identity(c, quick ? rows % 20 + 1 : rows);
       test_special_values(c);
       test_quantization(c.weight.activations);
     }
