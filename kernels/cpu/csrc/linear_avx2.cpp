@@ -314,7 +314,8 @@ int64_t lines_ahead_avx2(const PackedLinear& weight, int64_t num_rows) {
 // kPanels: 2 is for one row, where what comes after a group of one panel runs beside the next products of the other. kPer: the blocks
 // of a group, or 0. With kAhead, lines of `ahead` are fetched meanwhile. Inlined into the loop over panels, gcc makes it a sixth slower.
 template <int kRows, int kPanels, FloatType kScale, int kPer, bool kAhead>
-[[gnu::noinline]] void nibble_tile(const PackedLinear& weight, int64_t panel_index, const uint8_t* tile, ReadAhead::Cursor* ahead, float* y, int64_t ldy) {
+[[gnu::noinline]] void nibble_tile(const PackedLinear& weight, int64_t panel_index, const uint8_t* tile, ReadAhead::Cursor* ahead, float* y,
+                                   int64_t ldy) {
   const ActivationLayout& layout = weight.activations;
   const int64_t next = weight.panel_stride;
   const uint8_t* panel = weight.panels.data() + panel_index * next;
