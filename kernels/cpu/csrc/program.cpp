@@ -263,8 +263,10 @@ void run_parts(RunContext& context, const std::vector<LinearPart>& parts, int64_
     num_panels += part.weight->num_panels;
     macs += part.weight->num_panels * kPanelColumns * part.weight->in_features * num_rows;
   }
-  // Threads are not equally fast, and wait for the last claim: long phases are cut finer.
-  const int64_t claims = std::clamp<int64_t>(macs / kClaimMacs / context.pool.num_threads(), 4, 16);
+  // Threads are not equally fast, and wait for the last claim: long phases are cut finer, but not where a claim reads more rows than
+  // L2 keeps.
+  const int64_t most = num_rows <= kGatedRows ? 16 : 4;
+  const int64_t claims = std::clamp<int64_t>(macs / kClaimMacs / context.pool.num_threads(), 4, most);
   const ReadAhead of_all = context.read_ahead(next_read);
   context.pool.parallel_for(num_panels, context.pool.even_chunk(num_panels, claims), [&](int64_t begin, int64_t end, int) {
     int64_t first = 0;  // of the part's panels, counted over all parts
