@@ -244,7 +244,7 @@ void QuantizeOp::run(RunContext& context) {
 }
 
 namespace {
-constexpr int64_t kClaimMacs = 4000000;  // of a linear: some twenty microseconds
+constexpr int64_t kClaimMacs = 4000000;  // of a linear: some forty microseconds of a core
 }  // namespace
 
 ReadAhead RunContext::read_ahead(const KvCache* cache) const {
